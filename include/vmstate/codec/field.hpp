@@ -1,0 +1,647 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// Fields: how an item of a description moves between the state and the wire. One specialisation for each form that is
+// more than a single element. Depends on codec/rows.hpp.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include <vmstate/codec/rows.hpp>
+
+namespace vmstate::detail {
+
+/// The value of a length member: how many it says, and whether that makes sense.
+template <auto Member, class S>
+constexpr std::int64_t length_of(const S& state) {
+    return static_cast<std::int64_t>(state.*Member);
+}
+
+/// The entry of a field as it stands in the JSON description, size left open.
+template <class Item>
+constexpr field_event event_of() {
+    return {item_schema<Item>.name, item_schema<Item>.type, 0, 1, field_event::no_index};
+}
+
+/// A field whose value is one element.
+template <class Item, wire_form Form = form_of<std::remove_const_t<typename Item::type>, typename Item::attributes>()>
+struct field_codec {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    using one = element<M, A, Form>;
+    static constexpr std::size_t flat = one::flat <= max_flat ? one::flat : 0;
+    static constexpr std::size_t minimum = one::minimum;
+
+    template <class S>
+    [[gnu::always_inline]] static std::byte* encode(std::byte* p, const S& state) {
+        return one::encode(p, Item::of(state));
+    }
+    template <class S>
+    [[gnu::always_inline]] static const std::byte* decode(reader& r, const std::byte* p, S& state) {
+        return one::decode(r, p, Item::of(state));
+    }
+    template <class S>
+    static bool save(writer& w, S& state) {
+        return one::save(w, Item::of(state));
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t) {
+        return one::load(r, Item::of(state));
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S& state) {
+        return one::measure(Item::of(state));
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        field_event entry = event_of<Item>();
+        entry.size = measure(state);
+        visitor.begin_field(entry);
+        if constexpr (Form == wire_form::structure) one::walk(Item::of(state), visitor);
+        else if constexpr (Form == wire_form::pointer) {
+            using pointee = typename one::plain;
+            if constexpr (element_form<pointee, A>() == wire_form::structure)
+                if (Item::of(state) != nullptr) one::pointee::walk(*Item::of(state), visitor);
+        }
+        visitor.end_field();
+    }
+};
+
+/// A fixed number of elements, or a slice of them.
+template <class Item>
+struct field_codec<Item, wire_form::array> {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    using shape = array_shape<M>;
+    using E = typename shape::element;
+    using elements = row<E, A>;
+    static constexpr std::size_t first = [] {
+        if constexpr (A::slice_t::present) return A::slice_t::low * shape::inner_count;
+        else return 0;
+    }();
+    static constexpr std::size_t count = [] {
+        if constexpr (A::slice_t::present) return A::slice_t::high * shape::inner_count;
+        else return shape::count;
+    }();
+    static constexpr std::size_t flat = elements::flat * count <= max_flat ? elements::flat * count : 0;
+    static constexpr std::size_t minimum = elements::minimum * count;
+
+    template <class S>
+    [[gnu::always_inline]] static std::byte* encode(std::byte* p, const S& state) {
+        return elements::template encode<count>(p, shape::first(Item::of(state)) + first);
+    }
+    template <class S>
+    [[gnu::always_inline]] static const std::byte* decode(reader& r, const std::byte* p, S& state) {
+        return elements::template decode<count>(r, p, shape::first(Item::of(state)) + first);
+    }
+    template <class S>
+    static bool save(writer& w, S& state) {
+        return elements::save(w, shape::first(Item::of(state)) + first, count);
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t) {
+        return elements::load(r, shape::first(Item::of(state)) + first, count);
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S& state) {
+        if constexpr (elements::flat != 0) return elements::flat * count;
+        else return elements::measure(shape::first(Item::of(state)) + first, count);
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        field_event entry = event_of<Item>();
+        entry.size = measure(state);
+        elements::walk(shape::first(Item::of(state)) + first, count, entry, A::when_t::present, visitor);
+    }
+};
+
+/// What a container of a `sequence` or `words` field can hold, and how it grows.
+template <class M, bool IsArray = array_shape<M>::is_array>
+struct storage {
+    static constexpr container kind = sequence_shape<M>::kind;
+    using E = typename sequence_shape<M>::element;
+
+    static auto data(auto& member) {
+        if constexpr (kind == container::vector) return member.data();
+        else if constexpr (kind == container::unique_array) return member.get();
+        else return member;
+    }
+    /// Elements that may be read from the member, as far as it says.
+    static std::uint64_t readable(const M& member) {
+        if constexpr (kind == container::vector) return member.size();
+        else return data(member) == nullptr ? 0 : std::numeric_limits<std::uint64_t>::max();
+    }
+    static E* resize(M& member, std::size_t have, std::size_t count) {
+        if constexpr (kind == container::vector) {
+            if (have == 0) member.clear();
+            member.resize(count);
+            return member.data();
+        } else {
+            std::remove_const_t<E>* larger = new std::remove_const_t<E>[count]();
+            E* old = data(member);
+            for (std::size_t i = 0; i != have; ++i) larger[i] = std::move(old[i]);
+            if constexpr (kind == container::unique_array) member.reset(larger);
+            else {
+                if (have != 0) delete[] old;
+                member = larger;
+            }
+            return larger;
+        }
+    }
+};
+template <class M>
+struct storage<M, true> {
+    using shape = array_shape<M>;
+    using E = typename shape::element;
+    static constexpr container kind = container::none;
+    static auto data(auto& member) { return shape::first(member); }
+    static std::uint64_t readable(const M&) { return shape::count; }
+};
+
+/// The room behind a member before a load changes the length: an array's size; for a raw pointer what its length said,
+/// or its `limit`. Negative: the loader allocates.
+inline constexpr std::int64_t allocates = -1;
+
+template <class Item, auto Length, class S>
+std::int64_t capacity_of(const S& state) {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    if constexpr (array_shape<M>::is_array) return static_cast<std::int64_t>(array_shape<M>::count);
+    else if constexpr (sequence_shape<M>::kind == container::pointer) {
+        if (Item::of(state) == nullptr) return allocates;
+        if constexpr (A::limit_t::present) return static_cast<std::int64_t>(A::limit_t::value);
+        else {
+            const std::int64_t held = std::max<std::int64_t>(0, length_of<Length>(state));
+            if constexpr (A::multiply_t::present)
+                return held > std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(A::multiply_t::value)
+                           ? std::numeric_limits<std::int64_t>::max()
+                           : held * static_cast<std::int64_t>(A::multiply_t::value);
+            else return held;
+        }
+    } else return allocates;
+}
+
+/// A length as a number of elements, if it can be one.
+template <class A, class Stream>
+bool checked_count(Stream& stream, std::int64_t length, std::size_t factor, std::uint64_t maximum, std::size_t& count) {
+    const auto refuse = [&](std::uint64_t most) {
+        stream.fail(error(errc::out_of_range, "a length of at most " + std::to_string(most / factor), std::to_string(length)));
+        return false;
+    };
+    if constexpr (A::limit_t::present) maximum = std::min<std::uint64_t>(maximum, A::limit_t::value);
+    if (length < 0 || static_cast<std::uint64_t>(length) > std::numeric_limits<std::size_t>::max() / 64 / factor)
+        return refuse(std::min<std::uint64_t>(maximum, std::numeric_limits<std::size_t>::max() / 64));
+    count = static_cast<std::size_t>(length) * factor;
+    return count <= maximum || refuse(maximum);
+}
+
+/// As many elements as another member says.
+template <class Item>
+struct field_codec<Item, wire_form::sequence> {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    using store = storage<M>;
+    using E = std::remove_const_t<typename store::E>;
+    using elements = row<E, A>;
+    static constexpr auto length = A::length_t::value;
+    static constexpr std::size_t flat = 0;
+    static constexpr std::size_t minimum = 0;
+    static constexpr std::size_t factor = [] {
+        if constexpr (A::multiply_t::present) return A::multiply_t::value;
+        else return std::size_t{1};
+    }();
+
+    template <class S>
+    static bool save(writer& w, S& state) {
+        std::size_t count = 0;
+        auto& member = Item::of(state);
+        const std::uint64_t readable = store::readable(member);
+        if (!checked_count<A>(w, length_of<length>(state), factor, readable, count)) return false;
+        return elements::save(w, store::data(member), count);
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t capacity) {
+        std::size_t count = 0;
+        auto& member = Item::of(state);
+        const std::uint64_t room = capacity == allocates ? ~std::uint64_t{0} : static_cast<std::uint64_t>(capacity);
+        if (!checked_count<A>(r, length_of<length>(state), factor, room, count)) return false;
+        if constexpr (store::kind == container::none) {
+            return elements::load(r, const_cast<E*>(store::data(member)), count);
+        } else {
+            if (capacity != allocates) return elements::load(r, const_cast<E*>(store::data(member)), count);
+            return load_growing<E, A>(r, count, [&](std::size_t have, std::size_t next) {
+                return const_cast<E*>(store::resize(member, have, next));
+            });
+        }
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S& state) {
+        const auto& member = Item::of(state);
+        const std::int64_t said = std::max<std::int64_t>(0, length_of<length>(state));
+        const auto count = static_cast<std::size_t>(
+            std::min<std::uint64_t>(static_cast<std::uint64_t>(said) * factor, store::readable(member)));
+        return elements::measure(store::data(member), count);
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        field_event entry = event_of<Item>();
+        entry.size = measure(state);
+        auto& member = Item::of(state);
+        const auto count = static_cast<std::size_t>(
+            std::min<std::uint64_t>(static_cast<std::uint64_t>(std::max<std::int64_t>(0, length_of<length>(state))) * factor,
+                                    store::readable(member)));
+        if (is_byte<E> || count != 0) elements::walk(store::data(member), count, entry, A::when_t::present, visitor);
+    }
+};
+
+/// Words of a bitmap: bit i is bit i % 64 of word i / 64 (QEMU: VMSTATE_BITMAP).
+template <class Item>
+struct field_codec<Item, wire_form::words> {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    using store = storage<M>;
+    using E = std::remove_const_t<typename store::E>;
+    using words = row<E, attributes<>>;
+    static constexpr auto length = A::bitmap_t::value;
+    static constexpr std::size_t flat = 0;
+    static constexpr std::size_t minimum = 0;
+
+    static constexpr std::size_t words_for(std::size_t bits) { return bits / 64 + (bits % 64 != 0); }
+
+    template <class S>
+    static bool save(writer& w, S& state) {
+        std::size_t bits = 0;
+        const auto& member = Item::of(state);
+        if (!checked_count<A>(w, length_of<length>(state), 1, bits_in(store::readable(member)), bits)) return false;
+        return words::save(w, store::data(member), words_for(bits));
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t capacity) {
+        std::size_t bits = 0;
+        auto& member = Item::of(state);
+        std::uint64_t room = ~std::uint64_t{0};
+        if constexpr (store::kind == container::none) room = bits_in(static_cast<std::uint64_t>(capacity));
+        else if (capacity != allocates) room = static_cast<std::uint64_t>(capacity);
+        if (!checked_count<A>(r, length_of<length>(state), 1, room, bits)) return false;
+        if constexpr (store::kind == container::none) {
+            return words::load(r, store::data(member), words_for(bits));
+        } else {
+            if (capacity != allocates) return words::load(r, store::data(member), words_for(bits));
+            return load_growing<E, attributes<>>(r, words_for(bits), [&](std::size_t have, std::size_t next) {
+                return store::resize(member, have, next);
+            });
+        }
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S& state) {
+        return 8 * words_for(static_cast<std::size_t>(std::max<std::int64_t>(0, length_of<length>(state))));
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        field_event entry = event_of<Item>();
+        entry.size = measure(state);
+        visitor.begin_field(entry);
+        visitor.end_field();
+    }
+
+private:
+    static constexpr std::uint64_t bits_in(std::uint64_t words) {
+        return words > std::numeric_limits<std::uint64_t>::max() / 64 ? std::numeric_limits<std::uint64_t>::max() : words * 64;
+    }
+};
+
+/// std::bitset, and std::vector<bool> in the size that it has.
+template <class Item>
+struct field_codec<Item, wire_form::bits> {
+    using M = std::remove_const_t<typename Item::type>;
+    static constexpr std::size_t fixed_words = [] {
+        if constexpr (is_bitset<M>) return (M().size() + 63) / 64;
+        else return std::size_t{0};
+    }();
+    static constexpr std::size_t flat = fixed_words * 8 <= max_flat ? fixed_words * 8 : 0;
+    static constexpr std::size_t minimum = fixed_words * 8;
+
+    template <class S>
+    static std::byte* encode(std::byte* p, const S& state) {
+        const M& bits = Item::of(state);
+        for (std::size_t first = 0; first < bits.size(); first += 64) p = store_big(p, word_at(bits, first));
+        return p;
+    }
+    template <class S>
+    static const std::byte* decode(reader&, const std::byte* p, S& state) {
+        M& bits = Item::of(state);
+        for (std::size_t first = 0; first < bits.size(); first += 64, p += 8) set_word(bits, first, load_big<std::uint64_t>(p));
+        return p;
+    }
+    template <class S>
+    static bool save(writer& w, S& state) {
+        const M& bits = Item::of(state);
+        for (std::size_t first = 0; first < bits.size(); first += 64) w.put_be64(word_at(bits, first));
+        return !w.failed();
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t) {
+        M& bits = Item::of(state);
+        for (std::size_t first = 0; first < bits.size() && !r.failed(); first += 64) set_word(bits, first, r.get_be64());
+        return !r.failed();
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S& state) {
+        if constexpr (fixed_words != 0) return fixed_words * 8;
+        else return (Item::of(state).size() + 63) / 64 * 8;
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        field_event entry = event_of<Item>();
+        entry.size = measure(state);
+        visitor.begin_field(entry);
+        visitor.end_field();
+    }
+
+private:
+    static std::uint64_t word_at(const M& bits, std::size_t first) {
+        std::uint64_t word = 0;
+        for (std::size_t i = 0; i != std::min<std::size_t>(64, bits.size() - first); ++i)
+            word |= static_cast<std::uint64_t>(bits[first + i]) << i;
+        return word;
+    }
+    static void set_word(M& bits, std::size_t first, std::uint64_t word) {
+        for (std::size_t i = 0; i != std::min<std::size_t>(64, bits.size() - first); ++i)
+            bits[first + i] = ((word >> i) & 1) != 0;
+    }
+};
+
+/// The most elements of a list or map: its `limit`; without one as many as there are bytes.
+template <class A>
+consteval std::uint64_t element_limit() {
+    if constexpr (A::limit_t::present) return A::limit_t::value;
+    else return std::numeric_limits<std::uint64_t>::max();
+}
+
+inline constexpr std::byte list_element{1};
+inline constexpr std::byte list_end{0};
+
+/// The byte before each element of a list or map: 1 goes on, 0 ends.
+inline bool next_element(reader& r, bool& more) {
+    const std::byte* p = r.need(1);
+    if (p == nullptr) return false;
+    more = *p == list_element;
+    if (!more && *p != list_end)
+        return r.fail(error(errc::bad_marker, "1 before an element or 0 at the end", std::to_string(std::to_integer<int>(*p))));
+    r.seek(p + 1);
+    return true;
+}
+
+/// QTAILQ and QLIST (QEMU: put_qtailq, get_qtailq): elements are saved at their description's version and loaded at the
+/// field's.
+template <class Item>
+struct field_codec<Item, wire_form::queue> {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    using E = typename queue_shape<M>::element;
+    using one = element<E, A>;
+    static constexpr std::size_t flat = 0;
+    static constexpr std::size_t minimum = 1;
+
+    template <class S>
+    static bool save(writer& w, S& state) {
+        std::size_t i = 0;
+        for (auto& member : Item::of(state)) {
+            w.put_u8(1);
+            if (!save_body<one::description, one::version>(w, member)) {
+                w.failure().at_index(i);
+                return false;
+            }
+            ++i;
+        }
+        w.put_u8(0);
+        return !w.failed();
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t) {
+        M& list = Item::of(state);
+        list.clear();
+        [[maybe_unused]] auto last = [&] {
+            if constexpr (requires { list.before_begin(); }) return list.before_begin();
+            else return 0;
+        }();
+        for (std::uint64_t i = 0;; ++i) {
+            bool more = false;
+            if (!next_element(r, more)) return false;
+            if (!more) return true;
+            if (i == element_limit<A>())
+                return r.fail(error(errc::out_of_range, "at most " + std::to_string(i) + " elements", "more"));
+            E* member;
+            if constexpr (requires { list.before_begin(); }) {
+                last = list.emplace_after(last);
+                member = &*last;
+            } else member = &list.emplace_back();
+            if (!load_body<one::description, one::version>(r, *member, A::since)) {
+                r.failure().at_index(i);
+                return false;
+            }
+        }
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S& state) {
+        std::size_t size = 1;
+        for (const E& member : Item::of(state)) size += 1 + one::measure(member);
+        return size;
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        field_event entry = event_of<Item>();
+        entry.size = measure(state);
+        visitor.begin_field(entry);
+        for (auto& member : Item::of(state)) one::walk(member, visitor);
+        visitor.end_field();
+    }
+};
+
+/// GTREE (QEMU: put_gtree, get_gtree): be32 count, then 1 + key + value for each, then 0.
+template <class Item>
+struct field_codec<Item, wire_form::tree> {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    using K = typename tree_shape<M>::key;
+    using one = element<typename tree_shape<M>::element, A>;
+    static constexpr std::size_t flat = 0;
+    static constexpr std::size_t minimum = 5;
+    static constexpr bool direct_key = !A::key_as_t::present;
+
+    template <class S>
+    static bool save(writer& w, S& state) {
+        auto& map = Item::of(state);
+        w.put_be32(static_cast<std::uint32_t>(map.size()));
+        std::size_t i = 0;
+        for (auto& [key, value] : map) {
+            w.put_u8(1);
+            bool saved = true;
+            if constexpr (direct_key) w.put_be64(static_cast<std::uint64_t>(key));
+            else saved = save_body<A::key_as_t::description, A::key_as_t::description.version_id>(w, key);
+            if (!saved || !save_body<one::description, one::version>(w, value)) {
+                w.failure().at_index(i);
+                return false;
+            }
+            ++i;
+        }
+        w.put_u8(0);
+        return !w.failed();
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t) {
+        M& map = Item::of(state);
+        map.clear();
+        const std::uint32_t nodes = r.get_be32();
+        if (r.failed()) return false;
+        if (nodes > element_limit<A>())
+            return r.fail(error(errc::out_of_range, "at most " + std::to_string(element_limit<A>()) + " nodes", std::to_string(nodes)));
+        for (std::uint32_t i = 0;; ++i) {
+            bool more = false;
+            if (!next_element(r, more)) return false;
+            if (more != (i < nodes))
+                return r.fail(error(errc::bad_marker, std::to_string(nodes) + " nodes", more ? "more" : std::to_string(i)));
+            if (!more) return true;
+            K key{};
+            typename tree_shape<M>::element value{};
+            bool loaded = true;
+            if constexpr (direct_key) key = static_cast<K>(r.get_be64());
+            else loaded = load_body<A::key_as_t::description, A::key_as_t::description.version_id>(r, key, A::since);
+            loaded = loaded && !r.failed() && load_body<one::description, one::version>(r, value, A::since);
+            if (loaded && !map.emplace(std::move(key), std::move(value)).second)
+                loaded = r.fail(error(errc::bad_marker, "keys that differ", "a key twice"));
+            if (!loaded) {
+                r.failure().at_index(i);
+                return false;
+            }
+        }
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S& state) {
+        std::size_t size = 4 + 1;
+        for (const auto& [key, value] : Item::of(state)) {
+            size += 1 + one::measure(value);
+            if constexpr (direct_key) size += 8;
+            else size += measure_body<A::key_as_t::description, A::key_as_t::description.version_id>(key);
+        }
+        return size;
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        field_event entry = event_of<Item>();
+        entry.size = measure(state);
+        visitor.begin_field(entry);
+        for (auto& [key, value] : Item::of(state)) {
+            if constexpr (!direct_key) {
+                constexpr const auto& description = A::key_as_t::description;
+                visitor.begin_nested(description.name, description.version_id);
+                walk_body<A::key_as_t::description, A::key_as_t::description.version_id>(key, visitor);
+                visitor.end_nested();
+            }
+            one::walk(value, visitor);
+        }
+        visitor.end_field();
+    }
+};
+
+/// Bytes without a meaning any more.
+template <class Item>
+struct unused_codec {
+    static constexpr std::size_t flat = Item::size <= max_flat ? Item::size : 0;
+    static constexpr std::size_t minimum = Item::size;
+    template <class S>
+    [[gnu::always_inline]] static std::byte* encode(std::byte* p, const S&) {
+        std::memset(p, 0, Item::size);
+        return p + Item::size;
+    }
+    template <class S>
+    [[gnu::always_inline]] static const std::byte* decode(reader&, const std::byte* p, S&) {
+        return p + Item::size;
+    }
+    template <class S>
+    static bool save(writer& w, S&) {
+        w.fill(std::byte{0}, Item::size);
+        return !w.failed();
+    }
+    template <class S>
+    static bool load(reader& r, S&, std::int64_t) {
+        r.skip(Item::size);
+        return !r.failed();
+    }
+    template <class S>
+    static constexpr std::size_t measure(const S&) {
+        return Item::size;
+    }
+    template <class S>
+    static void walk(S&, field_visitor& visitor) {
+        visitor.begin_field({"unused", "unused_buffer", Item::size, 1, field_event::no_index});
+        visitor.end_field();
+    }
+};
+
+/// A scratch struct made from the state (QEMU: put_tmp, get_tmp): saved at its own version, loaded at the field's.
+template <class Item>
+struct temporary_codec {
+    static constexpr const auto& description = Item::description;
+    using T = struct_of<Item::description>;
+    static constexpr int version = Item::description.version_id;
+    static constexpr std::size_t flat = 0;
+    static constexpr std::size_t minimum = minimum_size<Item::description, version>();
+
+    template <class S>
+    static T make(S& state) {
+        if constexpr (std::is_constructible_v<T, S&>) return T(state);
+        else return T{state};
+    }
+    template <class S>
+    static bool save(writer& w, S& state) {
+        T scratch = make(state);
+        return save_body<Item::description, version>(w, scratch);
+    }
+    template <class S>
+    static bool load(reader& r, S& state, std::int64_t) {
+        T scratch = make(state);
+        return load_body<Item::description, version>(r, scratch, Item::attributes::since);
+    }
+    template <class S>
+    static constexpr std::size_t measure(S& state) {
+        if constexpr (flat_size<Item::description, version>() != 0) return flat_size<Item::description, version>();
+        else if constexpr (std::is_constructible_v<T, S&> || requires { T{state}; }) {
+            const T scratch = make(state);
+            return measure_body<Item::description, version>(scratch);
+        } else return measure(const_cast<std::remove_const_t<S>&>(state)); // it refers back, and changes nothing here
+    }
+    template <class S>
+    static void walk(S& state, field_visitor& visitor) {
+        visitor.begin_field({"tmp", "tmp", measure(state), 1, field_event::no_index});
+        if constexpr (!std::is_const_v<S>) {
+            T scratch = make(state);
+            visitor.begin_nested(description.name, description.version_id);
+            walk_body<Item::description, version>(scratch, visitor);
+            visitor.end_nested();
+        }
+        visitor.end_field();
+    }
+};
+
+template <class Item, item_kind Kind = Item::kind>
+struct codec_of;
+template <class Item>
+struct codec_of<Item, item_kind::field> {
+    using type = field_codec<Item>;
+};
+template <class Item>
+struct codec_of<Item, item_kind::unused> {
+    using type = unused_codec<Item>;
+};
+template <class Item>
+struct codec_of<Item, item_kind::temporary> {
+    using type = temporary_codec<Item>;
+};
+
+} // namespace vmstate::detail

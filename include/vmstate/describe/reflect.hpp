@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// `reflect`: describes a whole aggregate without listing its members. Their number and addresses come from Boost.PFR,
+// for structs with C arrays (whose elements PFR takes for members) from describe/aggregate.hpp; their names from the
+// compiler. How a struct is taken apart is a customisation point: describe/hana.hpp adds Hana-adapted structs.
+#pragma once
+
+#include <boost/pfr/core.hpp>
+#include <boost/pfr/tuple_size.hpp>
+
+#include <cstddef>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include <vmstate/describe/description.hpp>
+
+namespace vmstate {
+namespace detail {
+
+/// The `I`th of a binding's names.
+template <std::size_t I, class First, class... Rest>
+constexpr auto& nth_of(First& first, Rest&... rest) {
+    if constexpr (I == 0) return first;
+    else return nth_of<I - 1>(rest...);
+}
+
+/// The address of the `I`th member of an aggregate, C arrays counted as one.
+template <class S, std::size_t I>
+constexpr auto& bound_member(S& state) {
+    return visit_members(member_count<count_members<std::remove_const_t<S>>()>{}, state,
+                         [](auto&... members) -> auto& { return nth_of<I>(members...); });
+}
+
+/// Whether an aggregate has C arrays: where it has none, Boost.PFR counts right.
+template <class S>
+consteval bool has_c_array() {
+    constexpr int count = count_members<S>();
+    if constexpr (count <= 0) return false;
+    else
+        return visit_members(member_count<count>{}, unevaluated<S>.value, [](auto&... members) {
+            return (false || ... || std::is_array_v<std::remove_reference_t<decltype(members)>>);
+        });
+}
+
+template <auto Part>
+inline constexpr std::string_view part_name = last_identifier(spelling<Part>());
+
+template <class S, std::size_t I>
+consteval std::string_view bound_name() {
+    constexpr auto* member = &bound_member<const S, I>(unevaluated<S>.value);
+    return part_name<part_pointer<std::remove_const_t<decltype(member)>>{member}>;
+}
+
+} // namespace detail
+
+/// How a struct is taken apart by `reflect`: `count`, `get<I>(s)`, `name<I>()`.
+template <class S>
+struct reflection {
+    static_assert(std::is_aggregate_v<S>, "reflect<S> takes an aggregate or a Hana-adapted struct; describe others with field<>");
+    static constexpr int counted = detail::count_members<S>();
+    static_assert(counted >= 0 && counted <= detail::max_bound_members,
+                  "reflect<S> takes structs without base classes, of at most 100 members that have defaults");
+    static constexpr std::size_t count = static_cast<std::size_t>(counted);
+
+    template <std::size_t I, class State>
+    static constexpr auto& get(State& state) {
+        if constexpr (detail::has_c_array<S>()) return detail::bound_member<State, I>(state);
+        else {
+            static_assert(boost::pfr::tuple_size_v<S> == count, "Boost.PFR counts the members differently");
+            return boost::pfr::get<I>(state);
+        }
+    }
+    template <std::size_t I>
+    static constexpr std::string_view name() {
+        return detail::bound_name<S, I>();
+    }
+};
+
+namespace detail {
+
+/// A member known by its place.
+template <class S, std::size_t I, class... List>
+struct reflected_item : wire_item<item_kind::field, List...> {
+    using owner = S;
+    using type = std::remove_reference_t<decltype(reflection<S>::template get<I>(std::declval<S&>()))>;
+    static constexpr std::string_view name() { return reflection<S>::template name<I>(); }
+    static constexpr const void* identity() { return &type_id<reflected_item>; }
+    template <class State>
+    static constexpr auto& of(State& state) {
+        return reflection<S>::template get<I>(state);
+    }
+};
+
+/// The last identifier in the name of a type, for nested structs without a description of their own.
+template <class T>
+inline constexpr std::string_view type_name = last_identifier(type_spelling<T>());
+
+template <class S, class... Items>
+consteval auto reflect_items(description_header header, Items... items);
+
+/// Nested structs that have no description are reflected in their turn.
+template <class S>
+inline constexpr auto reflected = reflect_items<S>({.name = type_name<S>});
+
+template <class Element>
+consteval bool reflects() {
+    return std::is_class_v<Element> && std::is_aggregate_v<Element> &&
+           std::is_same_v<decltype(description_of<Element>), const std::nullptr_t> && !is_scalar<Element>() &&
+           !array_shape<Element>::is_array;
+}
+
+template <class S, std::size_t I>
+consteval auto item_for() {
+    using M = std::remove_const_t<typename reflected_item<S, I>::type>;
+    using E = typename array_shape<M>::element;
+    if constexpr (reflects<E>()) return reflected_item<S, I, as<reflected<E>>>{};
+    else return reflected_item<S, I>{};
+}
+
+template <class S, std::size_t... I, class... Items>
+consteval auto reflect_all(description_header header, std::index_sequence<I...>, Items... items) {
+    return describe<S>(header, item_for<S, I>()..., items...);
+}
+
+template <class S, class... Items>
+consteval auto reflect_items(description_header header, Items... items) {
+    return reflect_all<S>(header, std::make_index_sequence<reflection<S>::count>{}, items...);
+}
+
+} // namespace detail
+
+/// Describes all members of `S` in their order; `items` may add hooks, subsections and the like. A nested struct uses
+/// `description_of` where there is one, and is reflected otherwise.
+template <class S, class... Items>
+consteval auto reflect(description_header header, Items... items) {
+    return detail::reflect_items<S>(header, items...);
+}
+
+} // namespace vmstate

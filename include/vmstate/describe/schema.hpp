@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// The wire schema of a description as a tree of constants: what is sent, in which order, of which type, under which
+// gate. From it follow the fingerprint, the compatibility of two descriptions, and several of the rules. Depends on
+// describe/wire_form.hpp.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <type_traits>
+
+#include <vmstate/describe/items.hpp>
+#include <vmstate/describe/wire_form.hpp>
+
+namespace vmstate {
+
+struct schema;
+
+/// How often an entry's element is on the wire.
+enum class repetition {
+    once,      ///< one element
+    array,     ///< `count` elements
+    by_length, ///< as many as the member `length_name` says, times `count`
+    bits,      ///< be64 words for as many bits as `length_name` says (std::bitset: `count` words)
+    list,      ///< 0x01 + element, ended by 0x00 (QTAILQ, QLIST)
+    map,       ///< be32 count, then 0x01 + key + element, ended by 0x00 (GTREE)
+};
+
+/// One entry of a body.
+struct schema_field {
+    std::string_view name;              ///< the member's name
+    std::string_view type;              ///< QEMU's type string
+    repetition repeat = repetition::once;
+    std::size_t size = 0;               ///< bytes of one element; 0 where they vary or follow from `nested`
+    std::size_t unit = 1;               ///< bytes per big-endian unit inside an element: 4 for "uint32", 1 for "buffer"
+    std::size_t count = 1;              ///< elements of an array; factor of a length
+    std::string_view length_name;       ///< the member that holds the length
+    std::size_t limit = 0;              ///< the most elements accepted; 0 where nothing is said
+    int since = 0;                      ///< first version that has it
+    bool conditional = false;           ///< a predicate decides (`when`), not the version
+    bool null_markers = false;          ///< elements behind pointers: a null one is the byte '0'
+    const schema* nested = nullptr;     ///< the description of an element
+    int nested_version = 0;             ///< the version at which it is saved
+    const schema* key = nullptr;        ///< the description of a map's keys; none for an integer key
+};
+
+/// A description's body.
+struct schema {
+    std::string_view name;
+    int version_id = 0;
+    int minimum_version_id = 0;
+    std::span<const schema_field> fields;
+    std::span<const schema* const> subsections;
+};
+
+namespace detail {
+
+template <const auto& Description>
+constexpr const schema& schema_for();
+
+/// A pointer to the schema of what an element contains, if that is a description.
+template <class E, class A>
+consteval const schema* nested_schema() {
+    constexpr wire_form form = element_form<E, A>();
+    if constexpr (form == wire_form::structure) return &schema_for<nested<E, A>::description>();
+    else if constexpr (form == wire_form::pointer)
+        return nested_schema<std::remove_const_t<typename pointer_shape<E>::pointee>, A>();
+    else return nullptr;
+}
+template <class E, class A>
+consteval int nested_version() {
+    constexpr wire_form form = element_form<E, A>();
+    if constexpr (form == wire_form::structure) return nested<E, A>::version;
+    else if constexpr (form == wire_form::pointer)
+        return nested_version<std::remove_const_t<typename pointer_shape<E>::pointee>, A>();
+    else return 0;
+}
+
+template <class E, class A>
+consteval std::size_t element_size() {
+    constexpr wire_form form = element_form<E, A>();
+    if constexpr (form == wire_form::scalar) return wire_integer<E>::size;
+    else if constexpr (form == wire_form::timer) return 8;
+    else if constexpr (form == wire_form::pointer)
+        return element_size<std::remove_const_t<typename pointer_shape<E>::pointee>, A>();
+    else return 0;
+}
+
+template <class E, class A>
+consteval void describe_element(schema_field& entry) {
+    entry.type = element_type_name<E, A>();
+    entry.size = element_size<E, A>();
+    entry.unit = entry.size == 0 ? 1 : entry.size;
+    entry.nested = nested_schema<E, A>();
+    entry.nested_version = nested_version<E, A>();
+    entry.null_markers = pointer_shape<E>::is_pointer;
+    if (is_byte<E> && entry.repeat != repetition::once) entry.type = "buffer";
+}
+
+/// The entry of an item that stands for bytes.
+template <class Item>
+consteval schema_field describe_item() {
+    using A = typename Item::attributes;
+    schema_field entry;
+    entry.name = Item::name();
+    entry.since = A::since;
+    entry.conditional = A::when_t::present;
+    if constexpr (A::limit_t::present) entry.limit = A::limit_t::value;
+    if constexpr (Item::kind == item_kind::unused) {
+        entry.type = "unused_buffer";
+        entry.repeat = repetition::array;
+        entry.size = 1;
+        entry.count = Item::size;
+    } else if constexpr (Item::kind == item_kind::temporary) {
+        entry.type = "tmp";
+        entry.nested = &schema_for<Item::description>();
+        entry.nested_version = Item::description.version_id;
+    } else if constexpr (Item::kind == item_kind::validation) {
+        entry.type = "validate";
+        entry.repeat = repetition::array;
+        entry.count = 0;
+    } else {
+        using M = std::remove_const_t<typename Item::type>;
+        constexpr wire_form form = form_of<M, A>();
+        if constexpr (form == wire_form::sequence) {
+            entry.repeat = repetition::by_length;
+            entry.length_name = member_name<A::length_t::value>;
+            if constexpr (A::multiply_t::present) entry.count = A::multiply_t::value;
+            describe_element<typename element_of<M>::type, A>(entry);
+        } else if constexpr (form == wire_form::array) {
+            entry.repeat = repetition::array;
+            if constexpr (A::slice_t::present) entry.count = A::slice_t::high * array_shape<M>::inner_count;
+            else entry.count = array_shape<M>::count;
+            describe_element<typename array_shape<M>::element, A>(entry);
+        } else if constexpr (form == wire_form::words || form == wire_form::bits) {
+            entry.type = "bitmap";
+            entry.repeat = repetition::bits;
+            entry.size = entry.unit = 8;
+            entry.count = 0;
+            if constexpr (form == wire_form::words) entry.length_name = member_name<A::bitmap_t::value>;
+            else if constexpr (is_bitset<M>) entry.count = (M().size() + 63) / 64;
+        } else if constexpr (form == wire_form::queue) {
+            using E = typename queue_shape<M>::element;
+            entry.type = queue_shape<M>::type;
+            entry.repeat = repetition::list;
+            entry.nested = &schema_for<nested<E, A>::description>();
+            entry.nested_version = nested<E, A>::version;
+        } else if constexpr (form == wire_form::tree) {
+            using E = typename tree_shape<M>::element;
+            entry.type = "gtree";
+            entry.repeat = repetition::map;
+            entry.nested = &schema_for<nested<E, A>::description>();
+            entry.nested_version = nested<E, A>::version;
+            if constexpr (A::key_as_t::present) entry.key = &schema_for<A::key_as_t::description>();
+        } else if constexpr (form == wire_form::custom) {
+            entry.type = A::coded_t::type::type;
+        } else if constexpr (form != wire_form::none) {
+            describe_element<M, A>(entry);
+            entry.null_markers = false;
+        }
+    }
+    return entry;
+}
+
+/// One constant per item: shared by all that ask about it.
+template <class Item>
+inline constexpr schema_field item_schema = describe_item<Item>();
+
+template <class Item>
+inline constexpr bool is_wire_item =
+    Item::kind == item_kind::field || Item::kind == item_kind::unused || Item::kind == item_kind::temporary;
+
+template <class... Items>
+consteval auto make_schema_fields() {
+    std::array<schema_field, (std::size_t{0} + ... + (is_wire_item<Items> ? 1 : 0))> all{};
+    [[maybe_unused]] std::size_t i = 0;
+    const auto add = [&]<class Item>(const Item&) {
+        if constexpr (is_wire_item<Item>) all[i++] = item_schema<Item>;
+    };
+    (add(Items{}), ...);
+    return all;
+}
+template <class... Items>
+inline constexpr auto schema_fields = make_schema_fields<Items...>();
+
+template <class>
+struct subsection_schemas {
+    static constexpr std::array<const schema*, 0> list{};
+};
+template <const auto&... Descriptions>
+struct subsection_schemas<subsections_item<Descriptions...>> {
+    static constexpr std::array<const schema*, sizeof...(Descriptions)> list{&schema_for<Descriptions>()...};
+};
+
+template <class... Items>
+consteval auto make_schema_subsections() {
+    std::array<const schema*, (std::size_t{0} + ... + subsection_schemas<Items>::list.size())> all{};
+    [[maybe_unused]] std::size_t i = 0;
+    const auto add = [&](const auto& list) {
+        for (const schema* one : list) all[i++] = one;
+    };
+    (add(subsection_schemas<Items>::list), ...);
+    return all;
+}
+template <class... Items>
+inline constexpr auto schema_subsections = make_schema_subsections<Items...>();
+
+template <class Description>
+struct schema_lists;
+
+/// Walks the names of everything nested below `fields`.
+template <class Visit>
+constexpr bool any_nested(std::span<const schema_field> fields, std::span<const schema* const> subsections, Visit visit) {
+    const auto below = [&](const schema* one) {
+        return one != nullptr && (visit(*one) || any_nested(one->fields, one->subsections, visit));
+    };
+    for (const schema_field& field : fields)
+        if (below(field.nested) || below(field.key)) return true;
+    for (const schema* one : subsections)
+        if (any_nested(one->fields, one->subsections, visit)) return true;
+    return false;
+}
+
+// --- what is on the wire, as a sequence of units ---------------------------------------------------------------------
+
+/// One kind of thing on the wire: `size` times `count`, neighbours merged. Two descriptions with the same sequence write
+/// the same bytes for the same values.
+struct wire_unit {
+    enum class tag : std::uint8_t {
+        integer,    // big-endian, `size` bytes each
+        anything,   // skipped bytes
+        markers,    // array of pointers: elements with null markers
+        sized,      // as many as a length says
+        bitmap,
+        list,
+        map,
+        custom,
+        condition,  // what follows is there or not
+        group,      // begin of the units of a repeated or conditional element
+        end,        // its end
+        version,    // what follows comes with a version
+        subsection,
+    };
+    tag what = tag::integer;
+    std::uint64_t size = 0;
+    std::uint64_t count = 0;
+    std::string_view text{};
+
+    constexpr bool same(const wire_unit& other) const {
+        return what == other.what && size == other.size && count == other.count && text == other.text;
+    }
+};
+
+/// Feeds the units of a body to `sink`, which merges neighbours.
+template <class Sink>
+constexpr void units_of(const schema& body, int version, Sink& sink);
+
+template <class Sink>
+constexpr void units_of_field(const schema_field& field, Sink& sink) {
+    using tag = wire_unit::tag;
+    const auto element = [&] {
+        if (field.nested != nullptr) units_of(*field.nested, field.nested_version, sink);
+        else if (field.type == "unused_buffer") sink.add({tag::anything, 1, 1, {}});
+        else if (field.size == 0) sink.add({tag::custom, 0, 1, field.type});
+        else sink.add({tag::integer, field.unit, field.size / field.unit, {}});
+    };
+    const auto group = [&](wire_unit head) {
+        sink.add(head);
+        element();
+        sink.add({tag::end, 0, 0, {}});
+    };
+    switch (field.repeat) {
+    case repetition::once: element(); break;
+    case repetition::array:
+        if (field.null_markers) group({tag::markers, 0, field.count, {}});
+        else if (field.nested == nullptr && field.size != 0)
+            sink.add({field.type == "unused_buffer" ? tag::anything : tag::integer, field.unit,
+                      field.size / field.unit * field.count, {}});
+        else if (field.count != 0) group({tag::group, 0, field.count, {}});
+        break;
+    case repetition::by_length: group({tag::sized, field.null_markers ? 1u : 0u, field.count, field.length_name}); break;
+    case repetition::bits:
+        // The words of a fixed number of bits are integers like any other.
+        if (field.count != 0) sink.add({tag::integer, 8, field.count, {}});
+        else sink.add({tag::bitmap, 0, 1, field.length_name});
+        break;
+    case repetition::list: group({tag::list, 0, 1, {}}); break;
+    case repetition::map:
+        sink.add({tag::map, 0, 1, {}});
+        if (field.key != nullptr) units_of(*field.key, field.key->version_id, sink);
+        else sink.add({tag::integer, 8, 1, {}});
+        element();
+        sink.add({tag::end, 0, 0, {}});
+        break;
+    }
+}
+
+template <class Sink>
+constexpr void units_of(const schema& body, int version, Sink& sink) {
+    using tag = wire_unit::tag;
+    for (const schema_field& field : body.fields) {
+        if (field.conditional) {
+            sink.add({tag::condition, 0, 0, {}});
+            units_of_field(field, sink);
+            sink.add({tag::end, 0, 0, {}});
+        } else if (field.since <= version) {
+            units_of_field(field, sink);
+        }
+    }
+    for (const schema* one : body.subsections) {
+        sink.add({tag::subsection, static_cast<std::uint64_t>(one->version_id), 0, one->name});
+        units_of(*one, one->version_id, sink);
+        sink.add({tag::end, 0, 0, {}});
+    }
+}
+
+/// Hashes units (FNV-1a), neighbours of one kind merged.
+class unit_hash {
+public:
+    constexpr void add(wire_unit next) {
+        if (mergeable(next)) {
+            pending_.count += next.count;
+            return;
+        }
+        flush();
+        pending_ = next;
+    }
+    constexpr std::uint64_t finish() {
+        flush();
+        pending_ = {};
+        return state_;
+    }
+    constexpr void mix(std::uint64_t value) {
+        for (int i = 0; i != 8; ++i) byte(static_cast<std::uint8_t>(value >> (8 * i)));
+    }
+    constexpr void mix(std::string_view text) {
+        mix(text.size());
+        for (const char c : text) byte(static_cast<std::uint8_t>(c));
+    }
+
+private:
+    constexpr bool mergeable(const wire_unit& next) const {
+        return (next.what == wire_unit::tag::integer || next.what == wire_unit::tag::anything) &&
+               next.what == pending_.what && next.size == pending_.size;
+    }
+    constexpr void byte(std::uint8_t value) { state_ = (state_ ^ value) * 0x100000001b3u; }
+    constexpr void flush() {
+        const bool counts = pending_.what == wire_unit::tag::integer || pending_.what == wire_unit::tag::anything;
+        if (counts && pending_.count == 0) return;
+        mix(static_cast<std::uint64_t>(pending_.what));
+        mix(pending_.size);
+        mix(pending_.count);
+        // A length's name is not on the wire; a subsection's and a codec's are what tells them apart.
+        if (pending_.what == wire_unit::tag::subsection || pending_.what == wire_unit::tag::custom) mix(pending_.text);
+    }
+
+    std::uint64_t state_ = 0xcbf29ce484222325u;
+    wire_unit pending_{};
+};
+
+/// Collects units, neighbours of one kind merged.
+class unit_list {
+public:
+    constexpr void add(wire_unit next) {
+        if (!list_.empty()) {
+            wire_unit& last = list_.back();
+            if ((next.what == wire_unit::tag::integer || next.what == wire_unit::tag::anything) &&
+                next.what == last.what && next.size == last.size) {
+                last.count += next.count;
+                return;
+            }
+        }
+        if ((next.what == wire_unit::tag::integer || next.what == wire_unit::tag::anything) && next.count == 0) return;
+        list_.push_back(next);
+    }
+    constexpr const std::vector<wire_unit>& list() const { return list_; }
+
+private:
+    std::vector<wire_unit> list_;
+};
+
+} // namespace detail
+} // namespace vmstate
