@@ -52,8 +52,29 @@ inline bool keep(reader& r, const result<void>& outcome) {
 
 template <class E>
 [[gnu::always_inline]] constexpr auto value_of(const E& member) {
-    if constexpr (atomic_value<E>::is_atomic) return member.load(std::memory_order_relaxed);
+    if constexpr (atomic_value<E>::is_atomic) return member.load();
     else return member;
+}
+
+__extension__ using wide_integer = __int128;
+
+/// Durations and time points travel as nanoseconds; what 64 bits can't hold wraps.
+template <class Chrono>
+constexpr std::uint64_t nanoseconds_of(const Chrono& value) {
+    if constexpr (time_point_type<Chrono>) return nanoseconds_of(value.time_since_epoch());
+    else {
+        using period = typename Chrono::period;
+        return static_cast<std::uint64_t>(static_cast<wide_integer>(value.count()) * (period::num * 1'000'000'000) / period::den);
+    }
+}
+template <class Chrono>
+constexpr Chrono chrono_from(std::uint64_t nanoseconds) {
+    if constexpr (time_point_type<Chrono>) return Chrono(chrono_from<typename Chrono::duration>(nanoseconds));
+    else {
+        using period = typename Chrono::period;
+        return Chrono(static_cast<typename Chrono::rep>(static_cast<wide_integer>(static_cast<std::int64_t>(nanoseconds)) *
+                                                        period::den / (period::num * 1'000'000'000)));
+    }
 }
 
 template <class E>
@@ -61,26 +82,15 @@ template <class E>
     using wire = typename wire_integer<E>::type;
     using value = typename atomic_value<E>::type;
     const value v = value_of(member);
-    if constexpr (is_chrono<value>) {
-        if constexpr (requires { v.time_since_epoch(); })
-            return static_cast<wire>(std::chrono::duration_cast<std::chrono::nanoseconds>(v.time_since_epoch()).count());
-        else return static_cast<wire>(std::chrono::duration_cast<std::chrono::nanoseconds>(v).count());
-    } else if constexpr (std::is_floating_point_v<value>) return std::bit_cast<wire>(v);
+    if constexpr (is_chrono<value>) return nanoseconds_of(v);
+    else if constexpr (std::is_floating_point_v<value>) return std::bit_cast<wire>(v);
     else return static_cast<wire>(v);
-}
-
-template <class Chrono>
-constexpr Chrono chrono_from(std::int64_t nanoseconds) {
-    const std::chrono::nanoseconds ns(nanoseconds);
-    if constexpr (requires { typename Chrono::clock; })
-        return Chrono(std::chrono::duration_cast<typename Chrono::duration>(ns));
-    else return std::chrono::duration_cast<Chrono>(ns);
 }
 
 template <class E>
 [[gnu::always_inline]] constexpr auto from_wire(typename wire_integer<E>::type wire) {
     using value = typename atomic_value<E>::type;
-    if constexpr (is_chrono<value>) return chrono_from<value>(static_cast<std::int64_t>(wire));
+    if constexpr (is_chrono<value>) return chrono_from<value>(wire);
     else if constexpr (std::is_floating_point_v<value>) return std::bit_cast<value>(wire);
     else if constexpr (std::is_same_v<value, bool>) return wire != 0;
     else return static_cast<value>(wire);
@@ -88,14 +98,14 @@ template <class E>
 
 template <class E>
 [[gnu::always_inline]] constexpr void assign(E& member, const typename atomic_value<E>::type& value) {
-    if constexpr (atomic_value<E>::is_atomic) member.store(value, std::memory_order_relaxed);
+    if constexpr (atomic_value<E>::is_atomic) member.store(value);
     else member = value;
 }
 
 template <class Value>
 std::string printed(const Value& value) {
     if constexpr (std::is_enum_v<Value>) return printed(static_cast<std::underlying_type_t<Value>>(value));
-    else if constexpr (is_chrono<Value>) return std::to_string(to_wire(value)) + " ns";
+    else if constexpr (is_chrono<Value>) return std::to_string(static_cast<std::int64_t>(to_wire(value))) + " ns";
     else if constexpr (std::is_same_v<Value, bool>) return value ? "true" : "false";
     else if constexpr (std::is_floating_point_v<Value>) return std::to_string(value);
     else if constexpr (std::is_signed_v<Value>) return std::to_string(static_cast<long long>(value));

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <type_traits>
 
@@ -186,7 +185,7 @@ public:
     static constexpr bool compressible(const schema& body) {
         for (const schema_field& field : body.fields) {
             if (field.conditional) return false;
-            if (field.nested != nullptr && field.type == "struct" && !compressible(*field.nested)) return false;
+            if (field.has_nested && field.type == "struct" && !compressible(*field.nested)) return false;
         }
         return body.subsections.empty();
     }

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -37,7 +38,9 @@ struct member_facts {
     std::string_view name;
     bool is_field = false;
     const void* pointer = nullptr; // which member: a base class may have one of the same name
-    const void* when = nullptr;
+    bool has_when = false;
+    const void* when = nullptr; // which predicate
+    std::string_view length;    // the member that says how many
     bool sliced = false;
     std::size_t first = 0;
     std::size_t count = 0;
@@ -58,7 +61,10 @@ consteval member_facts facts_of_field() {
     facts.name = Item::name();
     facts.is_field = true;
     facts.pointer = Item::identity();
+    facts.has_when = A::when_t::present;
     facts.when = when_id<A>();
+    if constexpr (A::length_t::present) facts.length = member_name<A::length_t::value>;
+    if constexpr (A::bitmap_t::present) facts.length = member_name<A::bitmap_t::value>;
     facts.since = A::since;
     if constexpr (A::slice_t::present) {
         facts.sliced = true;
@@ -235,7 +241,7 @@ consteval refusal why_no_item() {
         if constexpr (why != refusal::none) return why;
         else if constexpr (item_schema<Item>.repeat == repetition::list || item_schema<Item>.repeat == repetition::map)
             return gated_differently(*item_schema<Item>.nested, Item::attributes::since) ||
-                           (item_schema<Item>.key != nullptr &&
+                           (item_schema<Item>.has_key &&
                             gated_differently(*item_schema<Item>.key, Item::attributes::since))
                        ? refusal::an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see
                        : refusal::none;
@@ -301,7 +307,7 @@ constexpr bool overlap(const member_facts& a, const member_facts& b) {
 
 /// Two ways to send one member are alternatives where predicates tell them apart.
 constexpr bool alternatives(const member_facts& a, const member_facts& b) {
-    return a.when != nullptr && b.when != nullptr && a.when != b.when;
+    return a.has_when && b.has_when && a.when != b.when;
 }
 
 constexpr broken_rule check_members(std::span<const member_facts> members) {
@@ -317,57 +323,51 @@ constexpr broken_rule check_members(std::span<const member_facts> members) {
     return {};
 }
 
-/// Whether `members` and the members of all subsections are as many different ones as the struct has.
+constexpr std::size_t total_members(std::span<const member_facts> members, std::span<const subsection_facts> subsections) {
+    std::size_t total = members.size();
+    for (const subsection_facts& sub : subsections) total += total_members(sub.members, sub.subsections);
+    return total;
+}
+constexpr std::string_view* collect_names(std::string_view* next, std::span<const member_facts> members,
+                                          std::span<const subsection_facts> subsections) {
+    for (const member_facts& one : members) *next++ = one.name;
+    for (const subsection_facts& sub : subsections) next = collect_names(next, sub.members, sub.subsections);
+    return next;
+}
+/// How many different members are listed, subsections included.
+template <std::size_t Total>
 constexpr std::size_t distinct_members(std::span<const member_facts> members,
                                        std::span<const subsection_facts> subsections) {
+    std::array<std::string_view, Total + 1> names{};
+    collect_names(names.data(), members, subsections);
     std::size_t distinct = 0;
-    const auto seen_before = [&](const auto& self, std::string_view name, const member_facts* stop,
-                                 std::span<const member_facts> list, std::span<const subsection_facts> subs,
-                                 bool& reached) -> bool {
-        for (const member_facts& one : list) {
-            if (&one == stop) {
-                reached = true;
-                return false;
-            }
-            if (one.name == name) return true;
-        }
-        for (const subsection_facts& sub : subs) {
-            if (self(self, name, stop, sub.members, sub.subsections, reached)) return true;
-            if (reached) return false;
-        }
-        return false;
-    };
-    const auto count = [&](const auto& self, std::span<const member_facts> list,
-                           std::span<const subsection_facts> subs) -> void {
-        for (const member_facts& one : list) {
-            bool reached = false;
-            if (!seen_before(seen_before, one.name, &one, members, subsections, reached)) ++distinct;
-        }
-        for (const subsection_facts& sub : subs) self(self, sub.members, sub.subsections);
-    };
-    count(count, members, subsections);
+    for (std::size_t i = 0; i != Total; ++i) {
+        bool seen = false;
+        for (std::size_t j = 0; j != i && !seen; ++j) seen = names[j].size() == names[i].size() && names[j] == names[i];
+        distinct += seen ? 0 : 1;
+    }
     return distinct;
 }
 
 /// A length that is itself described: before its array, and there whenever the array is.
-constexpr broken_rule check_lengths(std::span<const member_facts> members, std::span<const schema_field* const> fields,
+constexpr broken_rule check_lengths(std::span<const member_facts> members,
                                     std::span<const subsection_facts> subsections, int minimum_version_id) {
     for (std::size_t i = 0; i != members.size(); ++i) {
         const member_facts& array = members[i];
-        if (!array.is_field || fields[i] == nullptr || fields[i]->length_name.empty()) continue;
+        if (array.length.empty()) continue;
         for (std::size_t j = 0; j != members.size(); ++j) {
             const member_facts& length = members[j];
-            if (!length.is_field || length.name != fields[i]->length_name) continue;
+            if (!length.is_field || length.name != array.length) continue;
             if (j > i) return {refusal::a_length_must_come_before_its_array, array.item};
-            const bool always = length.when == nullptr && length.since <= minimum_version_id;
-            const bool together = length.when == array.when &&
-                                  (length.when != nullptr || length.since <= array.since);
+            const bool always = !length.has_when && length.since <= minimum_version_id;
+            const bool together = length.has_when ? array.has_when && length.when == array.when
+                                                  : !array.has_when && length.since <= array.since;
             if (!always && !together) return {refusal::a_length_must_be_present_whenever_its_array_is, array.item};
         }
         // Subsections come after all fields.
         for (const subsection_facts& sub : subsections)
             for (const member_facts& length : sub.members)
-                if (length.is_field && length.name == fields[i]->length_name)
+                if (length.is_field && length.name == array.length)
                     return {refusal::a_length_must_come_before_its_array, array.item};
     }
     return {};
@@ -447,7 +447,8 @@ consteval completeness check_completeness() {
         constexpr int count = count_members<S>();
         if constexpr (count == unknown_count) return completeness::not_checked;
         else {
-            constexpr std::size_t listed = distinct_members(member_list<Items...>, subsection_list<Items...>);
+            constexpr std::size_t total = total_members(member_list<Items...>, subsection_list<Items...>);
+            constexpr std::size_t listed = distinct_members<total>(member_list<Items...>, subsection_list<Items...>);
             if constexpr (listed >= static_cast<std::size_t>(count)) return completeness::complete;
             else if constexpr (!all_members_can_be_listed<S, count>()) return completeness::not_checked;
             else return completeness::incomplete;
@@ -470,21 +471,6 @@ consteval broken_rule first_broken_rule() {
     if (broken.rule != refusal::none) return broken;
     return check_members(member_list<Items...>);
 }
-
-/// The entries of `member_list`, null for transient members.
-template <class... Items>
-consteval auto make_member_schemas() {
-    std::array<const schema_field*, (std::size_t{0} + ... + listed_members<Items>)> all{};
-    [[maybe_unused]] std::size_t next = 0;
-    const auto add = [&]<class Item>(const Item&) {
-        if constexpr (Item::kind == item_kind::field) all[next] = &item_schema<Item>;
-        next += listed_members<Item>;
-    };
-    (add(Items{}), ...);
-    return all;
-}
-template <class... Items>
-inline constexpr auto member_schemas = make_member_schemas<Items...>();
 
 } // namespace detail
 
@@ -576,8 +562,7 @@ consteval void check_description(const description_header& header) {
                 rules::a_subsection_name_must_start_with_its_parents_name_and_a_slash<S>();
         }
 
-        const broken_rule in_lengths = check_lengths(member_list<Items...>, member_schemas<Items...>,
-                                                     subsection_list<Items...>, header.minimum_version_id);
+        const broken_rule in_lengths = check_lengths(member_list<Items...>, subsection_list<Items...>, header.minimum_version_id);
         if (in_lengths.rule == refusal::a_length_must_come_before_its_array)
             rules::a_length_must_come_before_its_array<S>();
         if (in_lengths.rule == refusal::a_length_must_be_present_whenever_its_array_is)

@@ -11,6 +11,7 @@
 #include <span>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 #include <vmstate/describe/items.hpp>
 #include <vmstate/describe/wire_form.hpp>
@@ -45,6 +46,10 @@ struct schema_field {
     const schema* nested = nullptr;     ///< the description of an element
     int nested_version = 0;             ///< the version at which it is saved
     const schema* key = nullptr;        ///< the description of a map's keys; none for an integer key
+
+    // Not `nested != nullptr`: with -fsanitize=undefined g++ doesn't take that for a constant expression.
+    bool has_nested = false;
+    bool has_key = false;
 };
 
 /// A description's body.
@@ -69,6 +74,13 @@ consteval const schema* nested_schema() {
     else if constexpr (form == wire_form::pointer)
         return nested_schema<std::remove_const_t<typename pointer_shape<E>::pointee>, A>();
     else return nullptr;
+}
+template <class E, class A>
+consteval bool has_nested_schema() {
+    constexpr wire_form form = element_form<E, A>();
+    if constexpr (form == wire_form::pointer)
+        return has_nested_schema<std::remove_const_t<typename pointer_shape<E>::pointee>, A>();
+    else return form == wire_form::structure;
 }
 template <class E, class A>
 consteval int nested_version() {
@@ -96,6 +108,7 @@ consteval void describe_element(schema_field& entry) {
     entry.unit = entry.size == 0 ? 1 : entry.size;
     entry.nested = nested_schema<E, A>();
     entry.nested_version = nested_version<E, A>();
+    entry.has_nested = has_nested_schema<E, A>();
     entry.null_markers = pointer_shape<E>::is_pointer;
     if (is_byte<E> && entry.repeat != repetition::once) entry.type = "buffer";
 }
@@ -117,6 +130,7 @@ consteval schema_field describe_item() {
     } else if constexpr (Item::kind == item_kind::temporary) {
         entry.type = "tmp";
         entry.nested = &schema_for<Item::description>();
+        entry.has_nested = true;
         entry.nested_version = Item::description.version_id;
     } else if constexpr (Item::kind == item_kind::validation) {
         entry.type = "validate";
@@ -147,13 +161,16 @@ consteval schema_field describe_item() {
             entry.type = queue_shape<M>::type;
             entry.repeat = repetition::list;
             entry.nested = &schema_for<nested<E, A>::description>();
+            entry.has_nested = true;
             entry.nested_version = nested<E, A>::version;
         } else if constexpr (form == wire_form::tree) {
             using E = typename tree_shape<M>::element;
             entry.type = "gtree";
             entry.repeat = repetition::map;
             entry.nested = &schema_for<nested<E, A>::description>();
+            entry.has_nested = true;
             entry.nested_version = nested<E, A>::version;
+            entry.has_key = A::key_as_t::present;
             if constexpr (A::key_as_t::present) entry.key = &schema_for<A::key_as_t::description>();
         } else if constexpr (form == wire_form::custom) {
             entry.type = A::coded_t::type::type;
@@ -208,17 +225,12 @@ consteval auto make_schema_subsections() {
 template <class... Items>
 inline constexpr auto schema_subsections = make_schema_subsections<Items...>();
 
-template <class Description>
-struct schema_lists;
-
 /// Walks the names of everything nested below `fields`.
 template <class Visit>
 constexpr bool any_nested(std::span<const schema_field> fields, std::span<const schema* const> subsections, Visit visit) {
-    const auto below = [&](const schema* one) {
-        return one != nullptr && (visit(*one) || any_nested(one->fields, one->subsections, visit));
-    };
+    const auto below = [&](const schema& one) { return visit(one) || any_nested(one.fields, one.subsections, visit); };
     for (const schema_field& field : fields)
-        if (below(field.nested) || below(field.key)) return true;
+        if ((field.has_nested && below(*field.nested)) || (field.has_key && below(*field.key))) return true;
     for (const schema* one : subsections)
         if (any_nested(one->fields, one->subsections, visit)) return true;
     return false;
@@ -262,7 +274,7 @@ template <class Sink>
 constexpr void units_of_field(const schema_field& field, Sink& sink) {
     using tag = wire_unit::tag;
     const auto element = [&] {
-        if (field.nested != nullptr) units_of(*field.nested, field.nested_version, sink);
+        if (field.has_nested) units_of(*field.nested, field.nested_version, sink);
         else if (field.type == "unused_buffer") sink.add({tag::anything, 1, 1, {}});
         else if (field.size == 0) sink.add({tag::custom, 0, 1, field.type});
         else sink.add({tag::integer, field.unit, field.size / field.unit, {}});
@@ -276,7 +288,7 @@ constexpr void units_of_field(const schema_field& field, Sink& sink) {
     case repetition::once: element(); break;
     case repetition::array:
         if (field.null_markers) group({tag::markers, 0, field.count, {}});
-        else if (field.nested == nullptr && field.size != 0)
+        else if (!field.has_nested && field.size != 0)
             sink.add({field.type == "unused_buffer" ? tag::anything : tag::integer, field.unit,
                       field.size / field.unit * field.count, {}});
         else if (field.count != 0) group({tag::group, 0, field.count, {}});
@@ -290,7 +302,7 @@ constexpr void units_of_field(const schema_field& field, Sink& sink) {
     case repetition::list: group({tag::list, 0, 1, {}}); break;
     case repetition::map:
         sink.add({tag::map, 0, 1, {}});
-        if (field.key != nullptr) units_of(*field.key, field.key->version_id, sink);
+        if (field.has_key) units_of(*field.key, field.key->version_id, sink);
         else sink.add({tag::integer, 8, 1, {}});
         element();
         sink.add({tag::end, 0, 0, {}});

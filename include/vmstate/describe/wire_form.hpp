@@ -5,23 +5,13 @@
 #pragma once
 
 #include <array>
-#include <atomic>
-#include <bitset>
-#include <chrono>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
-#include <forward_list>
-#include <list>
-#include <map>
-#include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
-#include <vector>
 
 #include <vmstate/describe/attributes.hpp>
 #include <vmstate/support/result.hpp>
@@ -103,33 +93,54 @@ enum class wire_form {
 
 // --- type shapes -----------------------------------------------------------------------------------------------------
 
+// Types of the standard library are known by what they have, so that their headers are paid for by who uses them.
+
+template <class T>
+concept atomic_type = requires(T& a, const T& c, typename T::value_type v) {
+    { c.load() } -> std::same_as<typename T::value_type>;
+    a.compare_exchange_strong(v, v);
+};
 template <class T>
 struct atomic_value {
     static constexpr bool is_atomic = false;
     using type = T;
 };
-template <class T>
-struct atomic_value<std::atomic<T>> {
+template <atomic_type T>
+struct atomic_value<T> {
     static constexpr bool is_atomic = true;
-    using type = T;
+    using type = typename T::value_type;
 };
 
-template <class>
-inline constexpr bool is_chrono = false;
-template <class R, class P>
-inline constexpr bool is_chrono<std::chrono::duration<R, P>> = true;
-template <class C, class D>
-inline constexpr bool is_chrono<std::chrono::time_point<C, D>> = true;
+template <class T>
+concept duration_type = requires(const T& d) {
+    typename T::rep;
+    { T::period::num * T::period::den } -> std::convertible_to<std::intmax_t>;
+    { d.count() } -> std::same_as<typename T::rep>;
+};
+template <class T>
+concept time_point_type = requires(const T& t) {
+    typename T::clock;
+    { t.time_since_epoch() } -> std::same_as<typename T::duration>;
+} && duration_type<typename T::duration>;
+template <class T>
+inline constexpr bool is_chrono = duration_type<T> || time_point_type<T>;
 
+template <class T>
+concept optional_type = requires(T& o) {
+    typename T::value_type;
+    { o.has_value() } -> std::same_as<bool>;
+    o.reset();
+    o.value();
+};
 template <class T>
 struct optional_value {
     static constexpr bool is_optional = false;
     using type = T;
 };
-template <class T>
-struct optional_value<std::optional<T>> {
+template <optional_type T>
+struct optional_value<T> {
     static constexpr bool is_optional = true;
-    using type = T;
+    using type = typename T::value_type;
 };
 
 /// Integers, bool, enums, float, double, durations and time points, and atomics of these.
@@ -147,8 +158,8 @@ struct array_shape {
     static constexpr bool is_array = false;
     using element = T;
     static constexpr std::size_t count = 1;
-    static constexpr T* first(T& value) { return std::addressof(value); }
-    static constexpr const T* first(const T& value) { return std::addressof(value); }
+    static constexpr T* first(T& value) { return &value; }
+    static constexpr const T* first(const T& value) { return &value; }
 };
 template <class T, std::size_t N>
 struct array_shape<T[N]> {
@@ -173,9 +184,20 @@ struct array_shape<std::array<T, N>> {
     static constexpr const element* first(const std::array<T, N>& value) { return inner::first(*value.data()); }
 };
 
+/// std::unique_ptr and what is like it.
+template <class T>
+concept owning_pointer = requires(T& p) {
+    typename T::element_type;
+    typename T::deleter_type;
+    p.reset(p.get());
+    p.release();
+};
+template <class T>
+concept owning_array = owning_pointer<T> && requires(const T& p) { p[0]; };
+
 enum class container { none, pointer, unique_array, vector };
 
-/// What `length` can be put on, other than an array.
+/// What `length` can be put on, other than an array: a pointer, std::unique_ptr<T[]>, std::vector, std::string.
 template <class T>
 struct sequence_shape {
     static constexpr container kind = container::none;
@@ -186,20 +208,20 @@ struct sequence_shape<T*> {
     static constexpr container kind = container::pointer;
     using element = T;
 };
-template <class T, class D>
-struct sequence_shape<std::unique_ptr<T[], D>> {
+template <owning_array T>
+struct sequence_shape<T> {
     static constexpr container kind = container::unique_array;
-    using element = T;
+    using element = typename T::element_type;
 };
-template <class T, class A>
-struct sequence_shape<std::vector<T, A>> {
+template <class T>
+    requires requires(T& c) {
+        typename T::allocator_type;
+        c.resize(c.size());
+        { c.data() } -> std::same_as<typename T::value_type*>;
+    }
+struct sequence_shape<T> {
     static constexpr container kind = container::vector;
-    using element = T;
-};
-template <class C, class Tr, class A>
-struct sequence_shape<std::basic_string<C, Tr, A>> {
-    static constexpr container kind = container::vector;
-    using element = C;
+    using element = typename T::value_type;
 };
 
 template <class T>
@@ -214,64 +236,69 @@ struct pointer_shape<T*> {
     static constexpr bool owns = false;
     using pointee = T;
 };
-template <class T, class D>
-struct pointer_shape<std::unique_ptr<T, D>> {
+template <owning_pointer T>
+    requires(!owning_array<T>)
+struct pointer_shape<T> {
     static constexpr bool is_pointer = true;
     static constexpr bool owns = true;
-    using pointee = T;
-};
-template <class T, class D>
-struct pointer_shape<std::unique_ptr<T[], D>> {
-    static constexpr bool is_pointer = false;
-    static constexpr bool owns = false;
-    using pointee = void;
+    using pointee = typename T::element_type;
 };
 
+/// std::list, std::deque, std::forward_list.
+template <class T>
+concept queue_type = requires(T& c) {
+    typename T::allocator_type;
+    c.front();
+    c.clear();
+    c.begin() != c.end();
+} && !requires(T& c) { c.data(); } && !requires { typename T::key_type; } &&
+    (requires(T& c) { c.emplace_back(); } || requires(T& c) { c.emplace_after(c.before_begin()); }) &&
+    !std::is_same_v<typename T::value_type, bool>;
 template <class T>
 struct queue_shape {
     static constexpr bool is_queue = false;
     using element = void;
 };
-template <class T, class A>
-struct queue_shape<std::list<T, A>> {
+template <queue_type T>
+struct queue_shape<T> {
     static constexpr bool is_queue = true;
-    static constexpr std::string_view type = "qtailq";
-    using element = T;
-};
-template <class T, class A>
-struct queue_shape<std::deque<T, A>> {
-    static constexpr bool is_queue = true;
-    static constexpr std::string_view type = "qtailq";
-    using element = T;
-};
-template <class T, class A>
-struct queue_shape<std::forward_list<T, A>> {
-    static constexpr bool is_queue = true;
-    static constexpr std::string_view type = "qlist";
-    using element = T;
+    static constexpr std::string_view type = requires(T& c) { c.before_begin(); } ? "qlist" : "qtailq";
+    using element = typename T::value_type;
 };
 
+/// std::map.
 template <class T>
 struct tree_shape {
     static constexpr bool is_tree = false;
     using key = void;
     using element = void;
 };
-template <class K, class V, class C, class A>
-struct tree_shape<std::map<K, V, C, A>> {
+template <class T>
+    requires requires {
+        typename T::key_compare;
+        typename T::mapped_type;
+        typename T::allocator_type;
+    }
+struct tree_shape<T> {
     static constexpr bool is_tree = true;
-    using key = K;
-    using element = V;
+    using key = typename T::key_type;
+    using element = typename T::mapped_type;
 };
 
+/// std::bitset.
 template <class T>
-inline constexpr bool is_bitset = false;
-template <std::size_t N>
-inline constexpr bool is_bitset<std::bitset<N>> = true;
+concept is_bitset = requires(T& b) {
+    b.to_ullong();
+    b.flip(b.size());
+    { b.test(0) } -> std::same_as<bool>;
+};
+/// std::vector<bool>.
 template <class T>
-inline constexpr bool is_bit_vector = false;
-template <class A>
-inline constexpr bool is_bit_vector<std::vector<bool, A>> = true;
+concept is_bit_vector = requires(T& c) {
+    typename T::allocator_type;
+    c.flip();
+    c.resize(c.size());
+} && std::is_same_v<typename T::value_type, bool>;
 
 template <class T>
 consteval bool is_timer() {

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -88,13 +87,12 @@ public:
         : record_(new record{code, {}, no_offset, std::move(expected), std::move(found)}) {}
 
     error(const error& other) : record_(other.record_ ? new record(*other.record_) : nullptr) {}
-    error(error&&) noexcept = default;
-    error& operator=(const error& other) {
-        record_.reset(other.record_ ? new record(*other.record_) : nullptr);
+    error(error&& other) noexcept : record_(std::exchange(other.record_, nullptr)) {}
+    error& operator=(error other) noexcept {
+        std::swap(record_, other.record_);
         return *this;
     }
-    error& operator=(error&&) noexcept = default;
-    ~error() = default;
+    ~error() { delete record_; }
 
     /// True when there is a failure.
     explicit operator bool() const noexcept { return record_ != nullptr; }
@@ -140,6 +138,11 @@ public:
     }
 
     friend bool operator==(const error& a, errc code) noexcept { return a.code() == code; }
+    /// The message. Boost.System prints a `result` with it, and so do test frameworks.
+    template <class Char, class Traits>
+    friend std::basic_ostream<Char, Traits>& operator<<(std::basic_ostream<Char, Traits>& out, const error& failure) {
+        return out << failure.message().c_str();
+    }
 
 private:
     struct record {
@@ -149,7 +152,7 @@ private:
         std::string expected;
         std::string found;
     };
-    std::unique_ptr<record> record_;
+    record* record_ = nullptr; // owned; not a unique_ptr, whose header would double the cost of this one
 };
 
 } // namespace vmstate
