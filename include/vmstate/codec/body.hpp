@@ -453,14 +453,14 @@ template <const auto& D, class S>
 bool load_subsections(reader& r, S& state) {
     for (;;) {
         const std::byte* behind_name = nullptr;
-        // A copy: loading moves the window that the name stands in.
-        const std::string name(peek_subsection(r, D.name, behind_name));
-        if (name.empty()) return !r.failed();
+        // The name stands in the window: compared before anything moves on.
+        const std::string_view name = peek_subsection(r, D.name, behind_name);
+        if (name.empty()) [[likely]] return !r.failed();
         switch (load_any_named(r, state, name, behind_name, static_cast<const items_of<D>*>(nullptr))) {
         case lookup::loaded: break;
         case lookup::failed: return false;
         case lookup::unknown:
-            return r.fail(error(errc::unknown_subsection, "a subsection of " + std::string(D.name), name));
+            return r.fail(error(errc::unknown_subsection, "a subsection of " + std::string(D.name), std::string(name)));
         }
     }
 }

@@ -54,7 +54,7 @@ public:
     /// Brings up to `count` bytes (at most `max_window`) into the window and says how many are there: fewer only at
     /// the end of the stream. Never fails.
     std::size_t peek(std::size_t count) {
-        if (window() < count && !failed()) refill(count);
+        if (window() < count && may_refill_ && !failed()) refill(count);
         return std::min(count, window());
     }
 
@@ -122,6 +122,8 @@ protected:
     }
     const std::byte* window_begin() const noexcept { return begin_; }
     std::uint64_t window_base() const noexcept { return base_; }
+    /// The window is all there is: nobody need be asked at its end.
+    void set_last_window() noexcept { may_refill_ = false; }
 
     /// Brings at least `count` bytes into the window if the stream still has them. At its end, fewer; an error of the
     /// channel is latched with `fail`.
@@ -165,6 +167,7 @@ private:
     const std::byte* end_ = cursor_;
     const std::byte* begin_ = cursor_;
     std::uint64_t base_ = 0;
+    bool may_refill_ = true;
     error error_;
 };
 
@@ -173,10 +176,12 @@ class memory_reader final : public reader {
 public:
     explicit memory_reader(std::span<const std::byte> memory) noexcept {
         set_window(memory.data(), memory.data(), memory.data() + memory.size(), 0);
+        set_last_window();
     }
     /// The same, where the memory is a part of a stream that begins at `offset`: errors then name the stream's offsets.
     memory_reader(std::span<const std::byte> memory, std::uint64_t offset) noexcept {
         set_window(memory.data(), memory.data(), memory.data() + memory.size(), offset);
+        set_last_window();
     }
     std::uint64_t remaining() const noexcept override { return window(); }
 

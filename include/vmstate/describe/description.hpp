@@ -110,6 +110,7 @@ struct subsection_facts {
     std::span<const member_facts> members;
     std::span<const subsection_facts> subsections;
     bool has_needed = false;
+    bool has_historic_name = false;
     std::size_t item = 0;
 };
 
@@ -128,7 +129,8 @@ consteval auto make_subsection_list() {
             const auto each = [&]<const auto&... D>(const subsections_item<D...>&) {
                 ((all[next++] = subsection_facts{&schema_for<D>(), std::remove_cvref_t<decltype(D)>::members(),
                                                  std::remove_cvref_t<decltype(D)>::subsections(),
-                                                 std::remove_cvref_t<decltype(D)>::has_needed, item}),
+                                                 std::remove_cvref_t<decltype(D)>::has_needed,
+                                                 std::remove_cvref_t<decltype(D)>::has_historic_name, item}),
                  ...);
             };
             each(Item{});
@@ -403,7 +405,8 @@ template <class... Items>
 consteval broken_rule check_single_items() {
     constexpr item_kind single[] = {item_kind::needed,    item_kind::pre_load, item_kind::post_load,
                                     item_kind::pre_save,  item_kind::post_save, item_kind::load_old,
-                                    item_kind::priority,  item_kind::unmigratable, item_kind::partial};
+                                    item_kind::priority,  item_kind::unmigratable, item_kind::partial,
+                                    item_kind::historic_name};
     constexpr std::array<item_kind, sizeof...(Items)> kinds{Items::kind...};
     for (std::size_t i = 0; i != kinds.size(); ++i)
         for (const item_kind kind : single)
@@ -481,6 +484,7 @@ struct description {
     using item_types = detail::item_index<std::index_sequence_for<Items...>, Items...>;
     static constexpr std::size_t item_count = sizeof...(Items);
     static constexpr bool has_needed = detail::has_item_needed<Items...>;
+    static constexpr bool has_historic_name = (false || ... || (Items::kind == detail::item_kind::historic_name));
 
     std::string_view name;
     int version_id;
@@ -556,9 +560,11 @@ consteval void check_description(const description_header& header) {
             check_subsections(subsection_list<Items...>, schema_fields<Items...>, schema_subsections<Items...>);
         if constexpr (in_subsections.rule != refusal::none)
             refuse<in_subsections.rule, in_description_of<S, nth_item<in_subsections.item, Items...>>>();
-        for (const schema* one : schema_subsections<Items...>) {
+        for (const subsection_facts& one : subsection_list<Items...>) {
+            const std::string_view name = one.body->name;
             const std::size_t length = header.name.size();
-            if (one->name.size() <= length + 1 || one->name.substr(0, length) != header.name || one->name[length] != '/')
+            if (name.size() <= length + (one.has_historic_name ? 0 : 1) || name.substr(0, length) != header.name ||
+                (name[length] != '/' && !one.has_historic_name))
                 rules::a_subsection_name_must_start_with_its_parents_name_and_a_slash<S>();
         }
 

@@ -42,6 +42,7 @@ enum class item_kind {
     unmigratable,
     transient,
     partial,
+    historic_name,
 };
 
 // An attribute given twice is refused by a rule; until the rule speaks, the field counts as one without attributes.
@@ -174,6 +175,10 @@ struct partial_item {
     static constexpr item_kind kind = item_kind::partial;
 };
 
+struct historic_name_item {
+    static constexpr item_kind kind = item_kind::historic_name;
+};
+
 } // namespace detail
 
 using detail::item_kind;
@@ -244,5 +249,9 @@ inline constexpr detail::transient_item<Members...> transient{};
 
 /// This description is one view of its struct among several: it need not cover every member.
 inline constexpr detail::partial_item partial{};
+
+/// In a subsection whose name QEMU fixed before names began with "parent/": "pckbd_outport". Its name has to begin with
+/// the parent's all the same, since QEMU's reader looks for that.
+inline constexpr detail::historic_name_item historic_name{};
 
 } // namespace vmstate
