@@ -21,52 +21,49 @@ namespace vmstate::detail {
 
 template <const auto& D>
 using items_of = typename std::remove_cvref_t<decltype(D)>::item_types;
-template <const auto& D, std::size_t I>
-using item_of = typename decltype(pick_item<I>(static_cast<const items_of<D>*>(nullptr)))::type;
 template <const auto& D>
 inline constexpr std::size_t item_count = std::remove_cvref_t<decltype(D)>::item_count;
+
+template <const auto& D, item_kind Kind>
+inline constexpr bool has_item = std::remove_cvref_t<decltype(D)>::has(Kind);
+template <const auto& D, item_kind Kind>
+using the_item = typename decltype(pick_item<std::remove_cvref_t<decltype(D)>::find(Kind)>(
+    static_cast<const items_of<D>*>(nullptr)))::type;
 
 /// A run asks once for all its bytes; what a reader or writer can promise in one piece bounds it.
 inline constexpr std::size_t max_run = 2048;
 
-/// Present in every stream of this version, and of constant size.
-template <class Item, int Version>
-consteval std::size_t flat_bytes() {
-    if constexpr (is_wire_item<Item>) {
-        if constexpr (Item::attributes::when_t::present || Item::attributes::since > Version) return 0;
-        else return codec_of<Item>::type::flat;
-    } else return 0;
-}
-template <class Item, int Version>
-consteval bool is_sent() {
-    if constexpr (Item::kind == item_kind::validation) return true;
-    else if constexpr (is_wire_item<Item>) return Item::attributes::when_t::present || Item::attributes::since <= Version;
-    else return false;
-}
-
-template <class Items, int Version>
-struct plan;
-template <std::size_t... I, class... Items, int Version>
-struct plan<item_index<std::index_sequence<I...>, Items...>, Version> {
-    using indexes = std::index_sequence<I...>;
-    static constexpr std::array<std::size_t, sizeof...(Items) + 1> flat{flat_bytes<Items, Version>()..., 0};
-    static constexpr std::array<bool, sizeof...(Items) + 1> sent{is_sent<Items, Version>()..., false};
-    /// At the first field of a run, the bytes of the whole run; elsewhere 0.
-    static constexpr auto run = [] {
-        std::array<std::size_t, sizeof...(Items) + 1> bytes{};
-        std::size_t head = 0;
-        for (std::size_t i = 0; i != sizeof...(Items); ++i) {
-            if (!sent[i]) continue;
-            if (flat[i] == 0) head = sizeof...(Items);
-            else if (head == sizeof...(Items) || bytes[head] == 0 || bytes[head] + flat[i] > max_run) bytes[head = i] = flat[i];
-            else bytes[head] += flat[i];
-        }
-        bytes[sizeof...(Items)] = 0;
-        return bytes;
-    }();
+/// What is done with an item in a stream of one version.
+struct planned_item {
+    bool sent = false;     // perhaps: a predicate may decide
+    std::size_t flat = 0;  // bytes, of an item that is part of a run
+    std::size_t run = 0;   // bytes of the whole run, at its first item
 };
+
+template <std::size_t Count>
+consteval std::array<planned_item, Count + 1> make_plan(std::span<const item_facts> items, int version) {
+    std::array<planned_item, Count + 1> plan{};
+    planned_item* head = nullptr;
+    for (std::size_t i = 0; i != Count; ++i) {
+        if (!items[i].is_wire) {
+            // A predicate looks at what is there: the run ends before it.
+            if (items[i].kind == item_kind::validation) head = nullptr;
+            continue;
+        }
+        plan[i].sent = items[i].wire.conditional || items[i].wire.since <= version;
+        if (!plan[i].sent) continue;
+        plan[i].flat = flat_size(items[i].wire, version);
+        if (plan[i].flat == 0) {
+            head = nullptr;
+            continue;
+        }
+        if (head == nullptr || head->run + plan[i].flat > max_run) head = &plan[i];
+        head->run += plan[i].flat;
+    }
+    return plan;
+}
 template <const auto& D, int Version>
-using plan_of = plan<items_of<D>, Version>;
+inline constexpr auto plan_of = make_plan<item_count<D>>(std::remove_cvref_t<decltype(D)>::facts(), Version);
 
 /// The newest `since` that a stream of `version` has: streams with the same one have the same fields.
 constexpr int layout_version(const schema& body, int version) {
@@ -76,86 +73,58 @@ constexpr int layout_version(const schema& body, int version) {
     return newest;
 }
 
-template <const auto& D, item_kind Kind, std::size_t... I>
-consteval std::size_t find_item(std::index_sequence<I...>) {
-    std::size_t found = item_count<D>;
-    ((found = item_of<D, I>::kind == Kind ? I : found), ...);
-    return found;
-}
-template <const auto& D, item_kind Kind>
-inline constexpr std::size_t item_index_of = find_item<D, Kind>(std::make_index_sequence<item_count<D>>{});
-template <const auto& D, item_kind Kind>
-inline constexpr bool has_item = item_index_of<D, Kind> != item_count<D>;
-template <const auto& D, item_kind Kind>
-using the_item = item_of<D, item_index_of<D, Kind>>;
-
-template <const auto& D>
-inline constexpr bool has_hooks = has_item<D, item_kind::pre_load> || has_item<D, item_kind::post_load> ||
-                                  has_item<D, item_kind::pre_save> || has_item<D, item_kind::post_save>;
-template <const auto& D>
-inline constexpr bool has_subsections = has_item<D, item_kind::subsections>;
-
-/// The constant size of a body that is nothing but flat fields, else 0.
-template <const auto& D, int Version>
-consteval std::size_t flat_size() {
-    if constexpr (has_hooks<D> || has_subsections<D>) return 0;
-    else {
-        using body = plan_of<D, Version>;
-        std::size_t size = 0;
-        for (std::size_t i = 0; i != item_count<D>; ++i) {
-            if (!body::sent[i]) continue;
-            if (body::flat[i] == 0) return 0;
-            size += body::flat[i];
-        }
-        return size <= max_flat ? size : 0;
-    }
-}
-
-template <class Item, int Version>
-consteval std::size_t minimum_bytes() {
-    if constexpr (is_wire_item<Item>) {
-        if constexpr (Item::attributes::when_t::present || Item::attributes::since > Version) return 0;
-        else return codec_of<Item>::type::minimum;
-    } else return 0;
-}
-template <const auto& D, int Version>
-consteval std::size_t minimum_size() {
-    return []<std::size_t... I>(std::index_sequence<I...>) {
-        return (std::size_t{0} + ... + minimum_bytes<item_of<D, I>, Version>());
-    }(std::make_index_sequence<item_count<D>>{});
-}
-
 // --- flat bodies, inside somebody else's run -------------------------------------------------------------------------
 
-template <class Item, int Version, class S>
-[[gnu::always_inline]] inline std::byte* encode_item(std::byte* p, const S& state) {
-    if constexpr (is_sent<Item, Version>()) return codec_of<Item>::type::encode(p, state);
-    else return p;
+template <class Item, class S>
+[[gnu::always_inline]] inline std::byte* encode_field(std::byte* p, const S& state) {
+    if constexpr (is_plain_scalar<Item>) return store_big(p, to_wire(Item::of(state)));
+    else return codec_of<Item>::type::encode(p, state);
 }
-template <class Item, int Version, class S>
-[[gnu::always_inline]] inline const std::byte* decode_item(reader& r, const std::byte* p, S& state) {
-    if constexpr (is_sent<Item, Version>()) {
+template <class Item, class S>
+[[gnu::always_inline]] inline const std::byte* decode_field(reader& r, const std::byte* p, S& state) {
+    if constexpr (is_plain_scalar<Item>) {
+        using E = std::remove_const_t<typename Item::type>;
+        using wire = typename wire_integer<E>::type;
+        assign(Item::of(state), from_wire<E>(load_big<wire>(p)));
+        return p + sizeof(wire);
+    } else {
         p = codec_of<Item>::type::decode(r, p, state);
         if (p == nullptr) [[unlikely]] r.failure().within(Item::name());
+        return p;
     }
+}
+
+template <const auto& D, int Version, std::size_t I, class Item, class S>
+[[gnu::always_inline]] inline std::byte* encode_item(std::byte* p, const S& state) {
+    if constexpr (plan_of<D, Version>[I].sent) return encode_field<Item>(p, state);
+    else return p;
+}
+template <const auto& D, int Version, std::size_t I, class Item, class S>
+[[gnu::always_inline]] inline const std::byte* decode_item(reader& r, const std::byte* p, S& state) {
+    if constexpr (plan_of<D, Version>[I].sent) return decode_field<Item>(r, p, state);
+    else return p;
+}
+
+template <const auto& D, int Version, class S, std::size_t... I, class... Items>
+[[gnu::always_inline]] inline std::byte* encode_items(std::byte* p, const S& state,
+                                                      const item_index<std::index_sequence<I...>, Items...>*) {
+    ((p = encode_item<D, Version, I, Items>(p, state)), ...);
+    return p;
+}
+template <const auto& D, int Version, class S, std::size_t... I, class... Items>
+[[gnu::always_inline]] inline const std::byte* decode_items(reader& r, const std::byte* p, S& state,
+                                                            const item_index<std::index_sequence<I...>, Items...>*) {
+    ((p = p == nullptr ? p : decode_item<D, Version, I, Items>(r, p, state)), ...);
     return p;
 }
 
 template <const auto& D, int Version, class S>
 [[gnu::always_inline]] inline std::byte* encode_flat(std::byte* p, const S& state) {
-    return [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
-        std::byte* at = p;
-        ((at = encode_item<item_of<D, I>, Version>(at, state)), ...);
-        return at;
-    }(std::make_index_sequence<item_count<D>>{});
+    return encode_items<D, Version>(p, state, static_cast<const items_of<D>*>(nullptr));
 }
 template <const auto& D, int Version, class S>
 [[gnu::always_inline]] inline const std::byte* decode_flat(reader& r, const std::byte* p, S& state) {
-    return [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
-        const std::byte* at = p;
-        ((at = at == nullptr ? at : decode_item<item_of<D, I>, Version>(r, at, state)), ...);
-        return at;
-    }(std::make_index_sequence<item_count<D>>{});
+    return decode_items<D, Version>(r, p, state, static_cast<const items_of<D>*>(nullptr));
 }
 
 // --- saving ----------------------------------------------------------------------------------------------------------
@@ -182,31 +151,30 @@ template <class Item, class S>
 
 /// One item at the cursor `p`; the cursor behind it, or null. By value, so that it stays in a register: through a
 /// reference every store of a byte might change it.
-template <const auto& D, int Version, std::size_t I, class S>
-[[gnu::always_inline]] inline std::byte* save_item(writer& w, std::byte* p, S& state) {
-    using Item = item_of<D, I>;
-    using body = plan_of<D, Version>;
+template <const auto& D, int Version, std::size_t I, class Item, class S>
+[[gnu::always_inline]] inline std::byte* save_item(writer& w, std::byte* p, S& state, [[maybe_unused]] int version_id) {
+    constexpr planned_item plan = plan_of<D, Version>[I];
     if constexpr (Item::kind == item_kind::validation) {
-        if (holds<Item::predicate>(state, Version)) return p;
+        if (holds<Item::predicate>(state, version_id)) return p;
         w.commit(p);
         w.fail(error(errc::validation_failed, std::string(Item::name()), "otherwise"));
         return nullptr;
-    } else if constexpr (!body::sent[I]) {
+    } else if constexpr (!plan.sent) {
         return p;
-    } else if constexpr (body::flat[I] != 0) {
-        if constexpr (body::run[I] != 0) {
-            if (static_cast<std::size_t>(w.window_end() - p) < body::run[I]) [[unlikely]] {
+    } else if constexpr (plan.flat != 0) {
+        if constexpr (plan.run != 0) {
+            if (static_cast<std::size_t>(w.window_end() - p) < plan.run) [[unlikely]] {
                 w.commit(p);
-                p = w.reserve(body::run[I]);
+                p = w.reserve(plan.run);
                 if (p == nullptr) {
                     w.failure().within(Item::name());
                     return nullptr;
                 }
             }
         }
-        return codec_of<Item>::type::encode(p, std::as_const(state));
+        return encode_field<Item>(p, std::as_const(state));
     } else {
-        if (!field_exists<Item>(state, Version)) return p;
+        if (!field_exists<Item>(state, version_id)) return p;
         w.commit(p);
         if (!codec_of<Item>::type::save(w, state)) {
             w.failure().within(Item::name());
@@ -216,12 +184,13 @@ template <const auto& D, int Version, std::size_t I, class S>
     }
 }
 
-template <const auto& D, int Version, class S, std::size_t... I>
-[[gnu::always_inline]] inline bool save_fields(writer& w, S& state, std::index_sequence<I...>) {
+template <const auto& D, int Version, class S, std::size_t... I, class... Items>
+[[gnu::always_inline]] inline bool save_fields(writer& w, S& state, [[maybe_unused]] int version_id,
+                                               const item_index<std::index_sequence<I...>, Items...>*) {
     std::byte* p = w.cursor();
     // An empty window has no address; its first reserve will give one.
     [[maybe_unused]] bool going = true;
-    ((going = going && (p = save_item<D, Version, I>(w, p, state), p != nullptr || !w.failed())), ...);
+    ((going = going && (p = save_item<D, Version, I, Items>(w, p, state, version_id), p != nullptr || !w.failed())), ...);
     if (!going) return false;
     w.commit(p);
     return true;
@@ -242,13 +211,18 @@ template <class S, const auto&... Subs>
 bool save_subsections(writer& w, S& state, const subsections_item<Subs...>&) {
     return (true && ... && save_subsection<Subs>(w, state));
 }
-template <class S, class Item>
-bool save_subsections(writer&, S&, const Item&) {
-    return true;
+/// Calls `visit` with the items that are subsections: most are not, and cost nothing.
+template <class... Items, class Visit>
+constexpr void for_subsections(Visit visit) {
+    ((void)[&] {
+        if constexpr (Items::kind == item_kind::subsections) visit(Items{});
+    }(), ...);
 }
 template <class S, class... Items, std::size_t... I>
 bool save_all_subsections(writer& w, S& state, const item_index<std::index_sequence<I...>, Items...>*) {
-    return (true && ... && save_subsections(w, state, Items{}));
+    bool saved = true;
+    for_subsections<Items...>([&](const auto& subsections) { saved = saved && save_subsections(w, state, subsections); });
+    return saved;
 }
 
 /// pre_save, fields, subsections, post_save (QEMU: vmstate_save_state_v).
@@ -260,8 +234,9 @@ bool save_body(writer& w, S& state) {
             return false;
         }
     }
-    bool saved = save_fields<D, layout_version(schema_for<D>(), Version)>(w, state, std::make_index_sequence<item_count<D>>{});
-    if constexpr (has_subsections<D>)
+    bool saved = save_fields<D, layout_version(schema_for<D>(), Version)>(w, state, Version,
+                                                                          static_cast<const items_of<D>*>(nullptr));
+    if constexpr (has_item<D, item_kind::subsections>)
         saved = saved && save_all_subsections(w, state, static_cast<const items_of<D>*>(nullptr));
     if constexpr (has_item<D, item_kind::post_save>) {
         error failure = hook<D, item_kind::post_save>("post_save", state, Version);
@@ -275,69 +250,44 @@ bool save_body(writer& w, S& state) {
 
 // --- loading ---------------------------------------------------------------------------------------------------------
 
-/// What a run's fields are called and how long they are: only looked at when the stream ends inside one.
-struct run_entry {
-    std::string_view name;
-    std::size_t size;
-    bool sent;
-};
-template <const auto& D, int Version, std::size_t... I>
-consteval auto make_run_entries(std::index_sequence<I...>) {
-    const auto name = []<class Item>(const Item&) -> std::string_view {
-        if constexpr (is_wire_item<Item>) return Item::name();
-        else return {};
-    };
-    return std::array<run_entry, sizeof...(I) + 1>{
-        run_entry{name(item_of<D, I>{}), plan_of<D, Version>::flat[I], plan_of<D, Version>::sent[I]}..., run_entry{}};
-}
-template <const auto& D, int Version>
-inline constexpr auto run_entries = make_run_entries<D, Version>(std::make_index_sequence<item_count<D>>{});
-
-/// The stream has ended in the run that begins with `entries`: names the field that it ends in.
-[[gnu::cold, gnu::noinline]] inline void truncated_run(reader& r, const run_entry* entries) {
+/// The stream has ended in the run that begins with item `i`: names the field that it ends in.
+[[gnu::cold, gnu::noinline]] inline void truncated_run(reader& r, const item_facts* items, const planned_item* plan, std::size_t i) {
     if (r.failed() && r.failure().code() != errc::truncated) return;
     std::size_t there = r.window();
     std::size_t before = 0;
-    while (!entries->sent || entries->size <= there) {
-        if (entries->sent) {
-            there -= entries->size;
-            before += entries->size;
-        }
-        ++entries;
+    for (; plan[i].flat == 0 || plan[i].flat <= there; ++i) {
+        there -= plan[i].flat;
+        before += plan[i].flat;
     }
-    error failure(errc::truncated, std::to_string(entries->size) + (entries->size == 1 ? " byte" : " bytes"),
+    error failure(errc::truncated, std::to_string(plan[i].flat) + (plan[i].flat == 1 ? " byte" : " bytes"),
                   std::to_string(there));
-    failure.at_offset(r.offset() + before).within(entries->name);
+    failure.at_offset(r.offset() + before).within(items[i].wire.name);
     r.failure() = std::move(failure);
 }
 
-template <const auto& D, int Version, std::size_t I, class S>
+template <const auto& D, int Version, std::size_t I, class Item, class S>
 [[gnu::always_inline]] inline const std::byte* load_item(reader& r, const std::byte* p, S& state, const std::int64_t* capacities,
                                                          int version_id) {
-    using Item = item_of<D, I>;
-    using body = plan_of<D, Version>;
+    constexpr planned_item plan = plan_of<D, Version>[I];
     if constexpr (Item::kind == item_kind::validation) {
         if (holds<Item::predicate>(state, version_id)) return p;
         r.seek(p);
         r.fail(error(errc::validation_failed, std::string(Item::name()), "otherwise"));
         return nullptr;
-    } else if constexpr (!body::sent[I]) {
+    } else if constexpr (!plan.sent) {
         return p;
-    } else if constexpr (body::flat[I] != 0) {
-        if constexpr (body::run[I] != 0) {
-            if (static_cast<std::size_t>(r.window_end() - p) < body::run[I]) [[unlikely]] {
+    } else if constexpr (plan.flat != 0) {
+        if constexpr (plan.run != 0) {
+            if (static_cast<std::size_t>(r.window_end() - p) < plan.run) [[unlikely]] {
                 r.seek(p);
-                p = r.need(body::run[I]);
+                p = r.need(plan.run);
                 if (p == nullptr) {
-                    truncated_run(r, &run_entries<D, Version>[I]);
+                    truncated_run(r, std::remove_cvref_t<decltype(D)>::facts().data(), plan_of<D, Version>.data(), I);
                     return nullptr;
                 }
             }
         }
-        p = codec_of<Item>::type::decode(r, p, state);
-        if constexpr (requires { Item::attributes::is_checked; })
-            if (p == nullptr) [[unlikely]] r.failure().within(Item::name());
-        return p;
+        return decode_field<Item>(r, p, state);
     } else {
         if (!field_exists<Item>(state, version_id)) return p;
         r.seek(p);
@@ -359,24 +309,25 @@ std::int64_t capacity_before(const S& state) {
     }
     return allocates;
 }
-template <class Item>
-inline constexpr bool has_length = false;
-template <auto M, class... A>
-inline constexpr bool has_length<field_item<M, A...>> =
-    field_item<M, A...>::attributes::length_t::present || field_item<M, A...>::attributes::bitmap_t::present;
+constexpr bool any_length(std::span<const item_facts> items) {
+    for (const item_facts& one : items)
+        if (!one.wire.length_name.empty()) return true;
+    return false;
+}
 
-template <const auto& D, int Version, class S, std::size_t... I>
-[[gnu::always_inline]] inline bool load_fields(reader& r, S& state, int version_id, std::index_sequence<I...>) {
+template <const auto& D, int Version, class S, std::size_t... I, class... Items>
+[[gnu::always_inline]] inline bool load_fields(reader& r, S& state, int version_id,
+                                               const item_index<std::index_sequence<I...>, Items...>*) {
     const std::int64_t* capacities = nullptr;
     static constexpr std::int64_t none[sizeof...(I) + 1] = {};
     capacities = none;
     [[maybe_unused]] std::int64_t taken[sizeof...(I) + 1];
-    if constexpr ((false || ... || has_length<item_of<D, I>>)) {
-        ((taken[I] = capacity_before<item_of<D, I>>(state)), ...);
+    if constexpr (any_length(std::remove_cvref_t<decltype(D)>::facts())) {
+        ((taken[I] = capacity_before<Items>(state)), ...);
         capacities = taken;
     }
     const std::byte* p = r.cursor();
-    ((p = p == nullptr ? p : load_item<D, Version, I>(r, p, state, capacities, version_id)), ...);
+    ((p = p == nullptr ? p : load_item<D, Version, I, Items>(r, p, state, capacities, version_id)), ...);
     if (p == nullptr) return false;
     r.seek(p);
     return true;
@@ -389,7 +340,7 @@ bool load_layout(reader& r, S& state, int version_id) {
     if constexpr (layout > 0) {
         if (version_id < layout && layout > D.minimum_version_id) return load_layout<D, layout - 1>(r, state, version_id);
     }
-    return load_fields<D, layout>(r, state, version_id, std::make_index_sequence<item_count<D>>{});
+    return load_fields<D, layout>(r, state, version_id, static_cast<const items_of<D>*>(nullptr));
 }
 
 /// "expected 3 to 5, found 6".
@@ -424,15 +375,14 @@ lookup load_named(reader& r, S& state, std::string_view name, const std::byte* b
     (try_one(subsections_item<Subs>{}), ...);
     return found;
 }
-template <class S, class Item>
-lookup load_named(reader&, S&, std::string_view, const std::byte*, const Item&) {
-    return lookup::unknown;
-}
 template <class S, class... Items, std::size_t... I>
 lookup load_any_named(reader& r, S& state, std::string_view name, const std::byte* body,
                       const item_index<std::index_sequence<I...>, Items...>*) {
     lookup found = lookup::unknown;
-    ((found = found == lookup::unknown ? load_named(r, state, name, body, Items{}) : found), ...);
+    const auto look = [&]<class Item>(const Item& subsections) {
+        if (found == lookup::unknown) found = load_named(r, state, name, body, subsections);
+    };
+    for_subsections<Items...>(look);
     return found;
 }
 
@@ -456,7 +406,10 @@ bool load_subsections(reader& r, S& state) {
         // The name stands in the window: compared before anything moves on.
         const std::string_view name = peek_subsection(r, D.name, behind_name);
         if (name.empty()) [[likely]] return !r.failed();
-        switch (load_any_named(r, state, name, behind_name, static_cast<const items_of<D>*>(nullptr))) {
+        lookup found = lookup::unknown;
+        if constexpr (has_item<D, item_kind::subsections>)
+            found = load_any_named(r, state, name, behind_name, static_cast<const items_of<D>*>(nullptr));
+        switch (found) {
         case lookup::loaded: break;
         case lookup::failed: return false;
         case lookup::unknown:
@@ -507,12 +460,11 @@ bool load_versioned(reader& r, S& state, int version_id) {
 
 // --- measuring and walking -------------------------------------------------------------------------------------------
 
-template <const auto& D, int Version, std::size_t I, class S>
-constexpr std::size_t measure_item(const S& state) {
-    using Item = item_of<D, I>;
-    if constexpr (!is_wire_item<Item> || !is_sent<Item, Version>()) return 0;
-    else if constexpr (flat_bytes<Item, Version>() != 0) return flat_bytes<Item, Version>();
-    else if (field_exists<Item>(state, Version)) return codec_of<Item>::type::measure(state);
+template <class Item, class S>
+constexpr std::size_t measure_item(const S& state, const planned_item& plan, [[maybe_unused]] int version) {
+    if constexpr (!is_wire_item<Item>) return 0;
+    else if (plan.flat != 0) return plan.flat;
+    else if (plan.sent && field_exists<Item>(state, version)) return codec_of<Item>::type::measure(state);
     else return 0;
 }
 template <const auto& Sub, class S>
@@ -524,25 +476,23 @@ template <class S, const auto&... Subs>
 constexpr std::size_t measure_subsections(const S& state, const subsections_item<Subs...>&) {
     return (std::size_t{0} + ... + measure_subsection<Subs>(state));
 }
-template <class S, class Item>
-constexpr std::size_t measure_subsections(const S&, const Item&) {
-    return 0;
+template <const auto& D, int Version, class S, std::size_t... I, class... Items>
+constexpr std::size_t measure_items(const S& state, const item_index<std::index_sequence<I...>, Items...>*) {
+    std::size_t size = (std::size_t{0} + ... + measure_item<Items>(state, plan_of<D, Version>[I], Version));
+    if constexpr (has_item<D, item_kind::subsections>)
+        for_subsections<Items...>([&](const auto& subsections) { size += measure_subsections(state, subsections); });
+    return size;
 }
 template <const auto& D, int Version, class S>
 constexpr std::size_t measure_body(const S& state) {
-    return [&]<std::size_t... I>(std::index_sequence<I...>) {
-        return (std::size_t{0} + ... +
-                (measure_item<D, Version, I>(state) + measure_subsections(state, item_of<D, I>{})));
-    }(std::make_index_sequence<item_count<D>>{});
+    if constexpr (flat_size(schema_for<D>(), Version) != 0) return flat_size(schema_for<D>(), Version);
+    else return measure_items<D, Version>(state, static_cast<const items_of<D>*>(nullptr));
 }
 
-template <const auto& D, int Version, std::size_t I, class S>
-void walk_item(S& state, field_visitor& visitor) {
-    using Item = item_of<D, I>;
-    if constexpr (is_wire_item<Item> && is_sent<Item, Version>()) {
-        if (!field_exists<Item>(std::as_const(state), Version)) return;
-        codec_of<Item>::type::walk(state, visitor);
-    }
+template <class Item, class S>
+void walk_item(S& state, [[maybe_unused]] field_visitor& visitor, const planned_item& plan, [[maybe_unused]] int version) {
+    if constexpr (is_wire_item<Item>)
+        if (plan.sent && field_exists<Item>(std::as_const(state), version)) codec_of<Item>::type::walk(state, visitor);
 }
 template <const auto& Sub, class S>
 void walk_subsection(S& state, field_visitor& visitor) {
@@ -556,15 +506,15 @@ template <class S, const auto&... Subs>
 void walk_subsections(S& state, field_visitor& visitor, const subsections_item<Subs...>&) {
     (walk_subsection<Subs>(state, visitor), ...);
 }
-template <class S, class Item>
-void walk_subsections(S&, field_visitor&, const Item&) {}
-
+template <const auto& D, int Version, class S, std::size_t... I, class... Items>
+void walk_items(S& state, field_visitor& visitor, const item_index<std::index_sequence<I...>, Items...>*) {
+    (walk_item<Items>(state, visitor, plan_of<D, Version>[I], Version), ...);
+    if constexpr (has_item<D, item_kind::subsections>)
+        for_subsections<Items...>([&](const auto& subsections) { walk_subsections(state, visitor, subsections); });
+}
 template <const auto& D, int Version, class S>
 void walk_body(S& state, field_visitor& visitor) {
-    [&]<std::size_t... I>(std::index_sequence<I...>) {
-        (walk_item<D, Version, I>(state, visitor), ...);
-        (walk_subsections(state, visitor, item_of<D, I>{}), ...);
-    }(std::make_index_sequence<item_count<D>>{});
+    walk_items<D, Version>(state, visitor, static_cast<const items_of<D>*>(nullptr));
 }
 
 } // namespace vmstate::detail

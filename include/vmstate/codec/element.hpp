@@ -21,8 +21,6 @@
 namespace vmstate::detail {
 
 // The bodies of nested descriptions; in body.hpp. `Version` is the version whose fields exist.
-template <const auto& D, int Version>
-consteval std::size_t flat_size();
 template <const auto& D, int Version, class S>
 std::byte* encode_flat(std::byte* p, const S& state);
 template <const auto& D, int Version, class S>
@@ -35,8 +33,6 @@ template <const auto& D, int Version, class S>
 constexpr std::size_t measure_body(const S& state);
 template <const auto& D, int Version, class S>
 void walk_body(S& state, field_visitor& visitor);
-template <const auto& D, int Version>
-consteval std::size_t minimum_size();
 
 /// A hook's or a codec's outcome, latched.
 inline bool keep(writer& w, const result<void>& outcome) {
@@ -141,6 +137,13 @@ BOOST_NOINLINE bool refuse_value(reader& r, const Value& loaded, const Value& cu
     return false;
 }
 
+/// A scalar without attributes: needs nothing that is made per field.
+template <class Item>
+inline constexpr bool is_plain_scalar = false;
+template <class Item>
+    requires(is_plain_field<Item>)
+inline constexpr bool is_plain_scalar<Item> = is_scalar<std::remove_const_t<typename Item::type>>();
+
 /// What all elements of constant size share; `flat` is 0 for the others.
 template <class E, class A, wire_form Form = element_form<E, A>()>
 struct element;
@@ -193,8 +196,8 @@ template <class E, class A>
 struct element<E, A, wire_form::structure> {
     static constexpr const auto& description = nested<E, A>::description;
     static constexpr int version = nested<E, A>::version;
-    static constexpr std::size_t flat = flat_size<description, version>();
-    static constexpr std::size_t minimum = minimum_size<description, version>();
+    static constexpr std::size_t flat = flat_size(schema_for<description>(), version);
+    static constexpr std::size_t minimum = minimum_size(schema_for<description>(), version);
     using base = struct_of<description>;
 
     [[gnu::always_inline]] static std::byte* encode(std::byte* p, const E& member) {

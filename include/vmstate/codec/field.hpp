@@ -25,7 +25,8 @@ constexpr std::int64_t length_of(const S& state) {
 /// The entry of a field as it stands in the JSON description, size left open.
 template <class Item>
 constexpr field_event event_of() {
-    return {item_schema<Item>.name, item_schema<Item>.type, 0, 1, field_event::no_index};
+    return {Item::name(), type_schema<std::remove_const_t<typename Item::type>, typename Item::attributes>.type, 0, 1,
+            field_event::no_index};
 }
 
 /// A field whose value is one element.
@@ -45,13 +46,24 @@ struct field_codec {
     [[gnu::always_inline]] static const std::byte* decode(reader& r, const std::byte* p, S& state) {
         return one::decode(r, p, Item::of(state));
     }
+    // Of constant size and yet not in a run: a predicate decides whether it is there.
     template <class S>
     static bool save(writer& w, S& state) {
-        return one::save(w, Item::of(state));
+        if constexpr (flat != 0) {
+            std::byte* p = w.reserve(flat);
+            if (p == nullptr) return false;
+            w.commit(one::encode(p, Item::of(state)));
+            return true;
+        } else return one::save(w, Item::of(state));
     }
     template <class S>
     static bool load(reader& r, S& state, std::int64_t) {
-        return one::load(r, Item::of(state));
+        if constexpr (flat != 0) {
+            const std::byte* p = r.need(flat);
+            if (p == nullptr || (p = one::decode(r, p, Item::of(state))) == nullptr) return false;
+            r.seek(p);
+            return true;
+        } else return one::load(r, Item::of(state));
     }
     template <class S>
     static constexpr std::size_t measure(const S& state) {
@@ -591,7 +603,7 @@ struct temporary_codec {
     using T = struct_of<Item::description>;
     static constexpr int version = Item::description.version_id;
     static constexpr std::size_t flat = 0;
-    static constexpr std::size_t minimum = minimum_size<Item::description, version>();
+    static constexpr std::size_t minimum = minimum_size(schema_for<Item::description>(), version);
 
     template <class S>
     static T make(S& state) {
@@ -610,7 +622,8 @@ struct temporary_codec {
     }
     template <class S>
     static constexpr std::size_t measure(S& state) {
-        if constexpr (flat_size<Item::description, version>() != 0) return flat_size<Item::description, version>();
+        if constexpr (flat_size(schema_for<Item::description>(), version) != 0)
+            return flat_size(schema_for<Item::description>(), version);
         else if constexpr (std::is_constructible_v<T, S&> || requires { T{state}; }) {
             const T scratch = make(state);
             return measure_body<Item::description, version>(scratch);

@@ -14,9 +14,6 @@
 
 namespace vmstate::detail {
 
-/// Larger things are not part of a run: they write and read for themselves.
-inline constexpr std::size_t max_flat = 1024;
-
 /// Rows of integers that differ from their wire form in byte order only.
 template <class E, class A>
 consteval bool is_bulk() {

@@ -213,13 +213,26 @@ struct base_of {
 template <class T>
 concept has_base = requires { T{base_of<T>{}}; };
 
-/// The members of an aggregate without base classes, or unknown_count: not an aggregate, a base class, a member that
-/// can't be made from nothing, too many.
+/// Whether members can be counted at all: not where the struct is no aggregate, has a base class, or a member that can't
+/// be made from nothing.
+template <class T>
+consteval bool is_countable() {
+    if constexpr (!std::is_aggregate_v<T> || std::is_array_v<T> || std::is_union_v<T>) return false;
+    else return fits<T>(member_count<0>{}) && !has_base<T>;
+}
+
+/// No more members than `Count`.
+template <class T, int Count>
+consteval bool has_at_most() {
+    if constexpr (Count >= max_counted_members) return false;
+    else return !fits<T>(member_count<Count + 1>{});
+}
+
+/// The members of an aggregate, or unknown_count: not countable, or too many.
 template <class T>
 consteval int count_members() {
-    if constexpr (!std::is_aggregate_v<T> || std::is_array_v<T> || std::is_union_v<T>) return unknown_count;
-    else if constexpr (has_base<T> || !fits<T>(member_count<0>{}) || fits<T>(member_count<max_counted_members>{}))
-        return unknown_count;
+    if constexpr (!is_countable<T>()) return unknown_count;
+    else if constexpr (fits<T>(member_count<max_counted_members>{})) return unknown_count;
     else return count_between<T, 0, max_counted_members - 1>();
 }
 

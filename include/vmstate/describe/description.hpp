@@ -33,77 +33,28 @@ namespace detail {
 
 // --- what the checks need to know of an item -------------------------------------------------------------------------
 
-/// A description's member, listed in a field or as transient.
-struct member_facts {
-    std::string_view name;
-    bool is_field = false;
-    const void* pointer = nullptr; // which member: a base class may have one of the same name
-    bool has_when = false;
-    const void* when = nullptr; // which predicate
-    std::string_view length;    // the member that says how many
+/// All that is known of an item: asked of its type once, then plain data for plain functions.
+struct item_facts {
+    item_kind kind = item_kind::field;
+    bool is_wire = false;
+    schema_field wire{};           // what it is on the wire
+    refusal why = refusal::none;   // the first rule that it breaks on its own
+    const void* owner = nullptr;   // which struct the member is of: a base class may have one of the same name
+    const void* when = nullptr;    // which predicate
     bool sliced = false;
     std::size_t first = 0;
     std::size_t count = 0;
-    int since = 0;
-    std::size_t item = 0;
 };
 
-template <class A>
-consteval const void* when_id() {
-    if constexpr (A::when_t::present) return &type_id<constant<A::when_t::value>>;
-    else return nullptr;
-}
-
-template <class Item>
-consteval member_facts facts_of_field() {
-    using A = typename Item::attributes;
-    member_facts facts;
-    facts.name = Item::name();
-    facts.is_field = true;
-    facts.pointer = Item::identity();
-    facts.has_when = A::when_t::present;
-    facts.when = when_id<A>();
-    if constexpr (A::length_t::present) facts.length = member_name<A::length_t::value>;
-    if constexpr (A::bitmap_t::present) facts.length = member_name<A::bitmap_t::value>;
-    facts.since = A::since;
-    if constexpr (A::slice_t::present) {
-        facts.sliced = true;
-        facts.first = A::slice_t::low;
-        facts.count = A::slice_t::high;
-    }
-    return facts;
-}
-
-template <class Item>
-inline constexpr std::size_t listed_members = Item::kind == item_kind::field ? 1 : 0;
-template <auto... Members>
-inline constexpr std::size_t listed_members<transient_item<Members...>> = sizeof...(Members);
-
-/// All members that the items list, in order.
-template <class... Items>
-consteval auto make_member_list() {
-    std::array<member_facts, (std::size_t{0} + ... + listed_members<Items>)> all{};
-    [[maybe_unused]] std::size_t next = 0;
-    [[maybe_unused]] std::size_t item = 0;
-    const auto add = [&]<class Item>(const Item&) {
-        if constexpr (Item::kind == item_kind::field) {
-            all[next] = facts_of_field<Item>();
-            all[next++].item = item;
-        } else if constexpr (Item::kind == item_kind::transient) {
-            const auto each = [&]<auto... Members>(const transient_item<Members...>&) {
-                ((all[next].name = member_name<Members>, all[next].pointer = &type_id<constant<Members>>,
-                  all[next++].item = item),
-                 ...);
-            };
-            each(Item{});
-        }
-        ++item;
-    };
-    (add(Items{}), ...);
-    return all;
-}
-template <class... Items>
-inline constexpr auto member_list = make_member_list<Items...>();
+/// A member that a description lists, in a field or as transient.
+struct member_facts {
+    std::string_view name;
+    std::uint64_t key = 0;
+    const void* owner = nullptr;
+    std::size_t item = 0;
+    const item_facts* field = nullptr;
+    bool is_field = false;
+};
 
 struct subsection_facts {
     const schema* body = nullptr;
@@ -113,35 +64,6 @@ struct subsection_facts {
     bool has_historic_name = false;
     std::size_t item = 0;
 };
-
-template <class Item>
-inline constexpr std::size_t listed_subsections = 0;
-template <const auto&... D>
-inline constexpr std::size_t listed_subsections<subsections_item<D...>> = sizeof...(D);
-
-template <class... Items>
-consteval auto make_subsection_list() {
-    std::array<subsection_facts, (std::size_t{0} + ... + listed_subsections<Items>)> all{};
-    [[maybe_unused]] std::size_t next = 0;
-    [[maybe_unused]] std::size_t item = 0;
-    const auto add = [&]<class Item>(const Item&) {
-        if constexpr (Item::kind == item_kind::subsections) {
-            const auto each = [&]<const auto&... D>(const subsections_item<D...>&) {
-                ((all[next++] = subsection_facts{&schema_for<D>(), std::remove_cvref_t<decltype(D)>::members(),
-                                                 std::remove_cvref_t<decltype(D)>::subsections(),
-                                                 std::remove_cvref_t<decltype(D)>::has_needed,
-                                                 std::remove_cvref_t<decltype(D)>::has_historic_name, item}),
-                 ...);
-            };
-            each(Item{});
-        }
-        ++item;
-    };
-    (add(Items{}), ...);
-    return all;
-}
-template <class... Items>
-inline constexpr auto subsection_list = make_subsection_list<Items...>();
 
 // --- rules about one item --------------------------------------------------------------------------------------------
 
@@ -174,13 +96,10 @@ struct checked_value {
     using type = std::conditional_t<is_scalar, typename atomic_value<element>::type, void>;
 };
 
-template <class S, class Item>
+/// What is wrong with a member of type `M` with attributes `A` in `S`.
+template <class S, class M, class A>
 consteval refusal why_no_field() {
-    using A = typename Item::attributes;
-    using M = std::remove_const_t<typename Item::type>;
-    if constexpr (!std::is_base_of_v<typename Item::owner, S> && !std::is_same_v<typename Item::owner, S>)
-        return refusal::a_member_must_belong_to_the_described_struct;
-    else if constexpr (why_no_form<M, A>() != refusal::none) return why_no_form<M, A>();
+    if constexpr (why_no_form<M, A>() != refusal::none) return why_no_form<M, A>();
     else {
         constexpr wire_form form = form_of<M, A>();
         if constexpr (A::is_checked && !checked_value<M, A>::is_scalar) return refusal::an_attribute_must_fit_its_member;
@@ -220,6 +139,9 @@ consteval refusal why_no_field() {
     }
 }
 
+template <class M>
+inline constexpr refusal why_no_plain_field = why_no_form<M, attributes<>>();
+
 /// Fields that an element's saver (at the element's own version) and loader (at the field's) would see differently.
 constexpr bool gated_differently(const schema& element, int loaded_version) {
     for (const schema_field& field : element.fields)
@@ -227,9 +149,24 @@ constexpr bool gated_differently(const schema& element, int loaded_version) {
     return false;
 }
 
+/// Subsections describe the same struct as their parent (or a base of it), transient members belong to it.
 template <class S, class Item>
-consteval refusal why_no_item() {
-    if constexpr (requires { Item::attributes_distinct; }) {
+consteval bool belongs(const Item&) {
+    return true;
+}
+template <class S, const auto&... D>
+consteval bool belongs(const subsections_item<D...>&) {
+    return (true && ... && describes<D, S>);
+}
+template <class S, auto... Members>
+consteval bool belongs(const transient_item<Members...>&) {
+    return (true && ... && std::is_base_of_v<owner_of<Members>, S>);
+}
+
+/// What is wrong with an item that has attributes, or is no field.
+template <class S, class Item>
+consteval refusal why_no_item(const schema_field& wire) {
+    if constexpr (is_wire_item<Item>) {
         using A = typename Item::attributes;
         if constexpr (!Item::attributes_known) return refusal::an_attribute_must_fit_its_member;
         else if constexpr (!Item::attributes_distinct) return refusal::an_attribute_must_not_be_given_twice;
@@ -239,12 +176,11 @@ consteval refusal why_no_item() {
         }
     }
     if constexpr (Item::kind == item_kind::field) {
-        constexpr refusal why = why_no_field<S, Item>();
+        constexpr refusal why = why_no_field<S, std::remove_const_t<typename Item::type>, typename Item::attributes>();
         if constexpr (why != refusal::none) return why;
-        else if constexpr (item_schema<Item>.repeat == repetition::list || item_schema<Item>.repeat == repetition::map)
-            return gated_differently(*item_schema<Item>.nested, Item::attributes::since) ||
-                           (item_schema<Item>.has_key &&
-                            gated_differently(*item_schema<Item>.key, Item::attributes::since))
+        else if (wire.repeat == repetition::list || wire.repeat == repetition::map)
+            return gated_differently(*wire.nested, Item::attributes::since) ||
+                           (wire.has_key && gated_differently(*wire.key, Item::attributes::since))
                        ? refusal::an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see
                        : refusal::none;
         else return refusal::none;
@@ -253,7 +189,7 @@ consteval refusal why_no_item() {
                       !requires(S& s) { struct_of<Item::description>{s}; })
             return refusal::a_temporary_must_be_constructible_from_the_described_struct;
         else
-            return gated_differently(*item_schema<Item>.nested, Item::attributes::since)
+            return gated_differently(*wire.nested, Item::attributes::since)
                        ? refusal::an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see
                        : refusal::none;
     } else if constexpr (Item::kind == item_kind::unused) {
@@ -278,38 +214,154 @@ consteval refusal why_no_item() {
                       requires(reader& r, S& s) { (s.*Item::function)(r, 0); })
             return refusal::none;
         else return refusal::a_hook_must_take_the_described_struct;
-    } else return refusal::none;
+    } else if constexpr (Item::kind == item_kind::subsections || Item::kind == item_kind::transient)
+        return belongs<S>(Item{}) ? refusal::none : refusal::a_member_must_belong_to_the_described_struct;
+    else return refusal::none;
 }
 
-/// Subsections describe the same struct as their parent (or a base of it), transient members belong to it.
+/// A name as a number: names with different ones differ.
+constexpr std::uint64_t key_of(std::string_view name) {
+    std::uint64_t key = name.size();
+    for (std::size_t i = name.size() > 7 ? name.size() - 7 : 0; i != name.size(); ++i)
+        key = key << 8 | static_cast<unsigned char>(name[i]);
+    return key;
+}
+
 template <class S, class Item>
-consteval bool belongs(const Item&) {
-    return true;
-}
-template <class S, const auto&... D>
-consteval bool belongs(const subsections_item<D...>&) {
-    return (true && ... && describes<D, S>);
-}
-template <class S, auto... Members>
-consteval bool belongs(const transient_item<Members...>&) {
-    return (true && ... && std::is_base_of_v<owner_of<Members>, S>);
+consteval item_facts facts_of() {
+    item_facts facts;
+    facts.kind = Item::kind;
+    if constexpr (is_wire_item<Item>) facts.is_wire = true;
+    if constexpr (is_plain_field<Item>) {
+        // The quick way for most fields: nothing here depends on the member but its name.
+        using M = std::remove_const_t<typename Item::type>;
+        if constexpr (std::is_base_of_v<typename Item::owner, S>) {
+            facts.why = why_no_plain_field<M>;
+            facts.wire = type_schema<M, attributes<>>;
+            facts.wire.name = Item::name();
+            facts.owner = &type_id<typename Item::owner>;
+        } else facts.why = refusal::a_member_must_belong_to_the_described_struct;
+    } else {
+        if constexpr (is_wire_item<Item>) {
+            using A = typename Item::attributes;
+            facts.wire = describe_item<Item>();
+            if constexpr (A::when_t::present) facts.when = &type_id<constant<A::when_t::value>>;
+            if constexpr (A::slice_t::present) {
+                facts.sliced = true;
+                facts.first = A::slice_t::low;
+                facts.count = A::slice_t::high;
+            }
+        }
+        facts.why = why_no_item<S, Item>(facts.wire);
+        if constexpr (Item::kind == item_kind::field) {
+            facts.owner = &type_id<typename Item::owner>;
+            if (!std::is_base_of_v<typename Item::owner, S>)
+                facts.why = refusal::a_member_must_belong_to_the_described_struct;
+        }
+    }
+    return facts;
 }
 
 // --- rules about the items together ----------------------------------------------------------------------------------
+
+/// The items of a description of `S`, as data.
+template <class S, class... Items>
+inline constexpr std::array<item_facts, sizeof...(Items)> facts_list{facts_of<S, Items>()...};
+
+template <class Item>
+inline constexpr std::size_t listed_members = Item::kind == item_kind::field ? 1 : 0;
+template <auto... Members>
+inline constexpr std::size_t listed_members<transient_item<Members...>> = sizeof...(Members);
+
+/// The names of transient members.
+constexpr member_facts* add_transient(member_facts* next, std::size_t, const auto&) { return next; }
+template <auto... Members>
+constexpr member_facts* add_transient(member_facts* next, std::size_t item, const transient_item<Members...>&) {
+    ((next->name = member_name<Members>, next->key = key_of(member_name<Members>), next->owner = &type_id<owner_of<Members>>, next->item = item, ++next), ...);
+    return next;
+}
+
+/// All members that the items list.
+template <class S, class... Items>
+consteval auto make_member_list() {
+    std::array<member_facts, (std::size_t{0} + ... + listed_members<Items>)> all{};
+    member_facts* next = all.data();
+    std::size_t item = 0;
+    for (const item_facts& one : facts_list<S, Items...>) {
+        if (one.kind == item_kind::field) *next++ = {one.wire.name, key_of(one.wire.name), one.owner, item, &one, true};
+        ++item;
+    }
+    if constexpr ((false || ... || (Items::kind == item_kind::transient))) {
+        item = 0;
+        ((next = add_transient(next, item++, Items{})), ...);
+    }
+    return all;
+}
+template <class S, class... Items>
+inline constexpr auto member_list = make_member_list<S, Items...>();
+
+template <class Item>
+inline constexpr std::size_t listed_subsections = 0;
+template <const auto&... D>
+inline constexpr std::size_t listed_subsections<subsections_item<D...>> = sizeof...(D);
+
+constexpr subsection_facts* add_subsections(subsection_facts* next, std::size_t, const auto&) { return next; }
+template <const auto&... D>
+constexpr subsection_facts* add_subsections(subsection_facts* next, std::size_t item, const subsections_item<D...>&) {
+    ((*next++ = subsection_facts{&schema_for<D>(), std::remove_cvref_t<decltype(D)>::members(),
+                                 std::remove_cvref_t<decltype(D)>::subsections(),
+                                 std::remove_cvref_t<decltype(D)>::has_needed,
+                                 std::remove_cvref_t<decltype(D)>::has_historic_name, item}),
+     ...);
+    return next;
+}
+
+template <class... Items>
+consteval auto make_subsection_list() {
+    std::array<subsection_facts, (std::size_t{0} + ... + listed_subsections<Items>)> all{};
+    if constexpr ((std::size_t{0} + ... + listed_subsections<Items>) != 0) {
+        subsection_facts* next = all.data();
+        std::size_t item = 0;
+        ((next = add_subsections(next, item++, Items{})), ...);
+    }
+    return all;
+}
+template <class... Items>
+inline constexpr auto subsection_list = make_subsection_list<Items...>();
+
+template <class S, class... Items>
+consteval auto make_schema_fields() {
+    std::array<schema_field, (std::size_t{0} + ... + (is_wire_item<Items> ? 1 : 0))> all{};
+    schema_field* next = all.data();
+    for (const item_facts& one : facts_list<S, Items...>)
+        if (one.is_wire) *next++ = one.wire;
+    return all;
+}
+template <class S, class... Items>
+inline constexpr auto schema_fields = make_schema_fields<S, Items...>();
+
+template <class... Items>
+consteval auto make_schema_subsections() {
+    std::array<const schema*, subsection_list<Items...>.size()> all{};
+    for (std::size_t i = 0; i != all.size(); ++i) all[i] = subsection_list<Items...>[i].body;
+    return all;
+}
+template <class... Items>
+inline constexpr auto schema_subsections = make_schema_subsections<Items...>();
 
 struct broken_rule {
     refusal rule = refusal::none;
     std::size_t item = 0;
 };
 
-constexpr bool overlap(const member_facts& a, const member_facts& b) {
+constexpr bool overlap(const item_facts& a, const item_facts& b) {
     if (!a.sliced || !b.sliced) return true;
     return a.first < b.first + b.count && b.first < a.first + a.count;
 }
 
 /// Two ways to send one member are alternatives where predicates tell them apart.
-constexpr bool alternatives(const member_facts& a, const member_facts& b) {
-    return a.has_when && b.has_when && a.when != b.when;
+constexpr bool alternatives(const item_facts& a, const item_facts& b) {
+    return a.wire.conditional && b.wire.conditional && a.when != b.when;
 }
 
 constexpr broken_rule check_members(std::span<const member_facts> members) {
@@ -317,9 +369,10 @@ constexpr broken_rule check_members(std::span<const member_facts> members) {
         for (std::size_t i = 0; i != j; ++i) {
             const member_facts& a = members[i];
             const member_facts& b = members[j];
-            if (a.name.size() != b.name.size() || a.name != b.name) continue;
-            if (a.pointer != b.pointer) return {refusal::two_fields_must_not_have_one_wire_name, b.item};
-            if (overlap(a, b) && !alternatives(a, b)) return {refusal::a_member_must_not_be_described_twice, b.item};
+            if (a.key != b.key || a.name != b.name) continue;
+            if (a.owner != b.owner) return {refusal::two_fields_must_not_have_one_wire_name, b.item};
+            if (!a.is_field || !b.is_field || (overlap(*a.field, *b.field) && !alternatives(*a.field, *b.field)))
+                return {refusal::a_member_must_not_be_described_twice, b.item};
         }
     }
     return {};
@@ -330,22 +383,22 @@ constexpr std::size_t total_members(std::span<const member_facts> members, std::
     for (const subsection_facts& sub : subsections) total += total_members(sub.members, sub.subsections);
     return total;
 }
-constexpr std::string_view* collect_names(std::string_view* next, std::span<const member_facts> members,
-                                          std::span<const subsection_facts> subsections) {
-    for (const member_facts& one : members) *next++ = one.name;
-    for (const subsection_facts& sub : subsections) next = collect_names(next, sub.members, sub.subsections);
+constexpr const member_facts** collect_members(const member_facts** next, std::span<const member_facts> members,
+                                               std::span<const subsection_facts> subsections) {
+    for (const member_facts& one : members) *next++ = &one;
+    for (const subsection_facts& sub : subsections) next = collect_members(next, sub.members, sub.subsections);
     return next;
 }
 /// How many different members are listed, subsections included.
 template <std::size_t Total>
 constexpr std::size_t distinct_members(std::span<const member_facts> members,
                                        std::span<const subsection_facts> subsections) {
-    std::array<std::string_view, Total + 1> names{};
-    collect_names(names.data(), members, subsections);
+    std::array<const member_facts*, Total + 1> all{};
+    collect_members(all.data(), members, subsections);
     std::size_t distinct = 0;
     for (std::size_t i = 0; i != Total; ++i) {
         bool seen = false;
-        for (std::size_t j = 0; j != i && !seen; ++j) seen = names[j].size() == names[i].size() && names[j] == names[i];
+        for (std::size_t j = 0; j != i && !seen; ++j) seen = all[j]->key == all[i]->key && all[j]->name == all[i]->name;
         distinct += seen ? 0 : 1;
     }
     return distinct;
@@ -354,22 +407,23 @@ constexpr std::size_t distinct_members(std::span<const member_facts> members,
 /// A length that is itself described: before its array, and there whenever the array is.
 constexpr broken_rule check_lengths(std::span<const member_facts> members,
                                     std::span<const subsection_facts> subsections, int minimum_version_id) {
-    for (std::size_t i = 0; i != members.size(); ++i) {
-        const member_facts& array = members[i];
-        if (array.length.empty()) continue;
-        for (std::size_t j = 0; j != members.size(); ++j) {
-            const member_facts& length = members[j];
-            if (!length.is_field || length.name != array.length) continue;
-            if (j > i) return {refusal::a_length_must_come_before_its_array, array.item};
-            const bool always = !length.has_when && length.since <= minimum_version_id;
-            const bool together = length.has_when ? array.has_when && length.when == array.when
-                                                  : !array.has_when && length.since <= array.since;
+    for (const member_facts& array : members) {
+        if (!array.is_field || array.field->wire.length_name.empty()) continue;
+        const std::string_view name = array.field->wire.length_name;
+        for (const member_facts& length : members) {
+            if (!length.is_field || length.name != name) continue;
+            if (length.item > array.item) return {refusal::a_length_must_come_before_its_array, array.item};
+            const schema_field& l = length.field->wire;
+            const schema_field& a = array.field->wire;
+            const bool always = !l.conditional && l.since <= minimum_version_id;
+            const bool together = l.conditional ? a.conditional && length.field->when == array.field->when
+                                                : !a.conditional && l.since <= a.since;
             if (!always && !together) return {refusal::a_length_must_be_present_whenever_its_array_is, array.item};
         }
         // Subsections come after all fields.
         for (const subsection_facts& sub : subsections)
             for (const member_facts& length : sub.members)
-                if (length.is_field && length.name == array.length)
+                if (length.is_field && length.name == name)
                     return {refusal::a_length_must_come_before_its_array, array.item};
     }
     return {};
@@ -400,18 +454,22 @@ constexpr broken_rule check_subsections(std::span<const subsection_facts> subsec
     return {};
 }
 
-/// What may stand only once in a description.
-template <class... Items>
-consteval broken_rule check_single_items() {
-    constexpr item_kind single[] = {item_kind::needed,    item_kind::pre_load, item_kind::post_load,
-                                    item_kind::pre_save,  item_kind::post_save, item_kind::load_old,
-                                    item_kind::priority,  item_kind::unmigratable, item_kind::partial,
+/// The first rule that an item breaks on its own, or by standing there a second time.
+constexpr broken_rule check_items(std::span<const item_facts> items) {
+    for (std::size_t i = 0; i != items.size(); ++i)
+        if (items[i].why != refusal::none) return {items[i].why, i};
+    constexpr item_kind single[] = {item_kind::needed,   item_kind::pre_load,  item_kind::post_load,
+                                    item_kind::pre_save, item_kind::post_save, item_kind::load_old,
+                                    item_kind::priority, item_kind::unmigratable, item_kind::partial,
                                     item_kind::historic_name};
-    constexpr std::array<item_kind, sizeof...(Items)> kinds{Items::kind...};
-    for (std::size_t i = 0; i != kinds.size(); ++i)
-        for (const item_kind kind : single)
-            for (std::size_t j = 0; kinds[i] == kind && j != i; ++j)
-                if (kinds[j] == kind) return {refusal::an_item_must_not_be_given_twice, i};
+    for (const item_kind kind : single) {
+        bool seen = false;
+        for (std::size_t i = 0; i != items.size(); ++i) {
+            if (items[i].kind != kind) continue;
+            if (seen) return {refusal::an_item_must_not_be_given_twice, i};
+            seen = true;
+        }
+    }
     return {};
 }
 
@@ -445,14 +503,15 @@ enum class completeness { complete, incomplete, not_checked };
 
 template <class S, class... Items>
 consteval completeness check_completeness() {
-    if constexpr (has_item_partial<Items...> || has_item_needed<Items...>) return completeness::not_checked;
+    if constexpr (has_item_partial<Items...> || has_item_needed<Items...> || !is_countable<S>()) return completeness::not_checked;
     else {
-        constexpr int count = count_members<S>();
-        if constexpr (count == unknown_count) return completeness::not_checked;
+        constexpr std::size_t total = total_members(member_list<S, Items...>, subsection_list<Items...>);
+        constexpr auto listed = static_cast<int>(distinct_members<total>(member_list<S, Items...>, subsection_list<Items...>));
+        // Counting takes seven questions, confirming a number one or two.
+        if constexpr (has_at_most<S, listed>()) return completeness::complete;
         else {
-            constexpr std::size_t total = total_members(member_list<Items...>, subsection_list<Items...>);
-            constexpr std::size_t listed = distinct_members<total>(member_list<Items...>, subsection_list<Items...>);
-            if constexpr (listed >= static_cast<std::size_t>(count)) return completeness::complete;
+            constexpr int count = count_members<S>();
+            if constexpr (count == unknown_count) return completeness::not_checked;
             else if constexpr (!all_members_can_be_listed<S, count>()) return completeness::not_checked;
             else return completeness::incomplete;
         }
@@ -462,17 +521,16 @@ consteval completeness check_completeness() {
 /// The first rule that the types alone break.
 template <class S, class... Items>
 consteval broken_rule first_broken_rule() {
-    broken_rule broken = check_single_items<Items...>();
-    std::size_t item = 0;
-    const auto note = [&](refusal why) {
-        if (broken.rule == refusal::none && why != refusal::none) broken = {why, item};
-        ++item;
-    };
-    (note(why_no_item<S, Items>()), ...);
-    item = 0;
-    (note(belongs<S>(Items{}) ? refusal::none : refusal::a_member_must_belong_to_the_described_struct), ...);
-    if (broken.rule != refusal::none) return broken;
-    return check_members(member_list<Items...>);
+    constexpr broken_rule alone = check_items(facts_list<S, Items...>);
+    if constexpr (alone.rule != refusal::none) return alone;
+    else return check_members(member_list<S, Items...>);
+}
+
+/// The place of the first item of a kind; the number of items where there is none.
+constexpr std::size_t find_kind(std::span<const item_kind> kinds, item_kind kind) {
+    for (std::size_t i = 0; i != kinds.size(); ++i)
+        if (kinds[i] == kind) return i;
+    return kinds.size();
 }
 
 } // namespace detail
@@ -513,11 +571,18 @@ struct description {
         return value;
     }
 
-    static constexpr std::span<const detail::member_facts> members() { return detail::member_list<Items...>; }
+    static constexpr std::array<item_kind, sizeof...(Items) + 1> kinds{Items::kind..., item_kind::transient};
+    static constexpr std::size_t find(item_kind kind) {
+        return detail::find_kind(std::span<const item_kind>(kinds.data(), sizeof...(Items)), kind);
+    }
+    static constexpr bool has(item_kind kind) { return find(kind) != sizeof...(Items); }
+
+    static constexpr std::span<const detail::item_facts> facts() { return detail::facts_list<S, Items...>; }
+    static constexpr std::span<const detail::member_facts> members() { return detail::member_list<S, Items...>; }
     static constexpr std::span<const detail::subsection_facts> subsections() {
         return detail::subsection_list<Items...>;
     }
-    static constexpr std::span<const schema_field> fields() { return detail::schema_fields<Items...>; }
+    static constexpr std::span<const schema_field> fields() { return detail::schema_fields<S, Items...>; }
     static constexpr std::span<const schema* const> bodies() { return detail::schema_subsections<Items...>; }
     static constexpr bool completeness_was_checked() {
         return detail::check_completeness<S, Items...>() != detail::completeness::not_checked;
@@ -527,8 +592,12 @@ struct description {
 namespace detail {
 
 template <const auto& Description>
-inline constexpr schema schema_storage{Description.name, Description.version_id, Description.minimum_version_id,
-                                       Description.fields(), Description.bodies()};
+inline constexpr schema schema_storage{
+    Description.name,     Description.version_id, Description.minimum_version_id,
+    Description.fields(), Description.bodies(),
+    Description.has(item_kind::pre_load) || Description.has(item_kind::post_load) ||
+        Description.has(item_kind::pre_save) || Description.has(item_kind::post_save) ||
+        Description.has(item_kind::validation)};
 
 template <const auto& Description>
 constexpr const schema& schema_for() {
@@ -547,17 +616,11 @@ consteval void check_description(const description_header& header) {
         if (header.version_id < 0 || header.minimum_version_id < 0) rules::version_ids_must_not_be_negative<S>();
         if (header.minimum_version_id > header.version_id)
             rules::minimum_version_id_must_not_be_above_version_id<S>();
-        const auto check_since = [&]<class Item>(const Item&) {
-            if constexpr (requires { Item::attributes::since; }) {
-                if constexpr (Item::attributes::since_t::present)
-                    if (Item::attributes::since > header.version_id)
-                        rules::since_must_not_be_above_version_id<in_description_of<S, Item>>();
-            }
-        };
-        (check_since(Items{}), ...);
+        for (const item_facts& one : facts_list<S, Items...>)
+            if (one.wire.since > header.version_id) rules::since_must_not_be_above_version_id<S>();
 
         constexpr broken_rule in_subsections =
-            check_subsections(subsection_list<Items...>, schema_fields<Items...>, schema_subsections<Items...>);
+            check_subsections(subsection_list<Items...>, schema_fields<S, Items...>, schema_subsections<Items...>);
         if constexpr (in_subsections.rule != refusal::none)
             refuse<in_subsections.rule, in_description_of<S, nth_item<in_subsections.item, Items...>>>();
         for (const subsection_facts& one : subsection_list<Items...>) {
@@ -568,7 +631,7 @@ consteval void check_description(const description_header& header) {
                 rules::a_subsection_name_must_start_with_its_parents_name_and_a_slash<S>();
         }
 
-        const broken_rule in_lengths = check_lengths(member_list<Items...>, subsection_list<Items...>, header.minimum_version_id);
+        const broken_rule in_lengths = check_lengths(member_list<S, Items...>, subsection_list<Items...>, header.minimum_version_id);
         if (in_lengths.rule == refusal::a_length_must_come_before_its_array)
             rules::a_length_must_come_before_its_array<S>();
         if (in_lengths.rule == refusal::a_length_must_be_present_whenever_its_array_is)

@@ -101,6 +101,7 @@ struct usable_attributes<false, List...> {
 template <item_kind Kind, class... List>
 struct wire_item {
     static constexpr item_kind kind = Kind;
+    static constexpr bool plain = sizeof...(List) == 0;
     static constexpr bool attributes_known = known_attributes<List...>();
     static constexpr bool attributes_distinct = distinct_attributes<List...>();
     using attributes = typename usable_attributes<attributes_known && attributes_distinct, List...>::type;
@@ -112,8 +113,7 @@ struct field_item : wire_item<item_kind::field, List...> {
     static constexpr auto pointer = Member;
     using owner = owner_of<Member>;
     using type = type_of<Member>;
-    static constexpr std::string_view name() { return member_name<Member>; }
-    static constexpr const void* identity() { return &type_id<constant<Member>>; }
+    static constexpr std::string_view name() { return last_identifier(spelling<Member>()); }
     template <class S>
     static constexpr auto& of(S& state) {
         return state.*Member;

@@ -85,7 +85,6 @@ struct reflected_item : wire_item<item_kind::field, List...> {
     using owner = S;
     using type = std::remove_reference_t<decltype(reflection<S>::template get<I>(std::declval<S&>()))>;
     static constexpr std::string_view name() { return reflection<S>::template name<I>(); }
-    static constexpr const void* identity() { return &type_id<reflected_item>; }
     template <class State>
     static constexpr auto& of(State& state) {
         return reflection<S>::template get<I>(state);

@@ -43,6 +43,7 @@ struct schema_field {
     int since = 0;                      ///< first version that has it
     bool conditional = false;           ///< a predicate decides (`when`), not the version
     bool null_markers = false;          ///< elements behind pointers: a null one is the byte '0'
+    bool behind_pointer = false;        ///< a single element behind a pointer
     const schema* nested = nullptr;     ///< the description of an element
     int nested_version = 0;             ///< the version at which it is saved
     const schema* key = nullptr;        ///< the description of a map's keys; none for an integer key
@@ -59,6 +60,7 @@ struct schema {
     int minimum_version_id = 0;
     std::span<const schema_field> fields;
     std::span<const schema* const> subsections;
+    bool has_hooks = false;             ///< pre_load, post_load, pre_save, post_save or validate
 };
 
 namespace detail {
@@ -113,16 +115,67 @@ consteval void describe_element(schema_field& entry) {
     if (is_byte<E> && entry.repeat != repetition::once) entry.type = "buffer";
 }
 
+/// The entry of a member of type `M`, but for what its item says: made once per type, not per field.
+template <class M, class A>
+consteval schema_field describe_type() {
+    schema_field entry;
+    constexpr wire_form form = form_of<M, A>();
+    if constexpr (form == wire_form::sequence) {
+        entry.repeat = repetition::by_length;
+        if constexpr (A::multiply_t::present) entry.count = A::multiply_t::value;
+        describe_element<typename element_of<M>::type, A>(entry);
+    } else if constexpr (form == wire_form::array) {
+        entry.repeat = repetition::array;
+        if constexpr (A::slice_t::present) entry.count = A::slice_t::high * array_shape<M>::inner_count;
+        else entry.count = array_shape<M>::count;
+        describe_element<typename array_shape<M>::element, A>(entry);
+    } else if constexpr (form == wire_form::words || form == wire_form::bits) {
+        entry.type = "bitmap";
+        entry.repeat = repetition::bits;
+        entry.size = entry.unit = 8;
+        entry.count = 0;
+        if constexpr (form == wire_form::bits)
+            if constexpr (is_bitset<M>) entry.count = (M().size() + 63) / 64;
+    } else if constexpr (form == wire_form::queue) {
+        using E = typename queue_shape<M>::element;
+        entry.type = queue_shape<M>::type;
+        entry.repeat = repetition::list;
+        entry.nested = &schema_for<nested<E, A>::description>();
+        entry.has_nested = true;
+        entry.nested_version = nested<E, A>::version;
+    } else if constexpr (form == wire_form::tree) {
+        using E = typename tree_shape<M>::element;
+        entry.type = "gtree";
+        entry.repeat = repetition::map;
+        entry.nested = &schema_for<nested<E, A>::description>();
+        entry.has_nested = true;
+        entry.nested_version = nested<E, A>::version;
+        entry.has_key = A::key_as_t::present;
+        if constexpr (A::key_as_t::present) entry.key = &schema_for<A::key_as_t::description>();
+    } else if constexpr (form == wire_form::custom) {
+        entry.type = A::coded_t::type::type;
+    } else if constexpr (form != wire_form::none) {
+        describe_element<M, A>(entry);
+        if constexpr (form == wire_form::pointer) {
+            entry.null_markers = false;
+            entry.behind_pointer = true;
+        }
+    }
+    return entry;
+}
+template <class M, class A>
+inline constexpr schema_field type_schema = describe_type<M, A>();
+
 /// The entry of an item that stands for bytes.
 template <class Item>
 consteval schema_field describe_item() {
     using A = typename Item::attributes;
     schema_field entry;
-    entry.name = Item::name();
-    entry.since = A::since;
-    entry.conditional = A::when_t::present;
-    if constexpr (A::limit_t::present) entry.limit = A::limit_t::value;
-    if constexpr (Item::kind == item_kind::unused) {
+    if constexpr (Item::kind == item_kind::field) {
+        entry = type_schema<std::remove_const_t<typename Item::type>, A>;
+        if constexpr (A::length_t::present) entry.length_name = member_name<A::length_t::value>;
+        if constexpr (A::bitmap_t::present) entry.length_name = member_name<A::bitmap_t::value>;
+    } else if constexpr (Item::kind == item_kind::unused) {
         entry.type = "unused_buffer";
         entry.repeat = repetition::array;
         entry.size = 1;
@@ -132,98 +185,75 @@ consteval schema_field describe_item() {
         entry.nested = &schema_for<Item::description>();
         entry.has_nested = true;
         entry.nested_version = Item::description.version_id;
-    } else if constexpr (Item::kind == item_kind::validation) {
-        entry.type = "validate";
-        entry.repeat = repetition::array;
-        entry.count = 0;
-    } else {
-        using M = std::remove_const_t<typename Item::type>;
-        constexpr wire_form form = form_of<M, A>();
-        if constexpr (form == wire_form::sequence) {
-            entry.repeat = repetition::by_length;
-            entry.length_name = member_name<A::length_t::value>;
-            if constexpr (A::multiply_t::present) entry.count = A::multiply_t::value;
-            describe_element<typename element_of<M>::type, A>(entry);
-        } else if constexpr (form == wire_form::array) {
-            entry.repeat = repetition::array;
-            if constexpr (A::slice_t::present) entry.count = A::slice_t::high * array_shape<M>::inner_count;
-            else entry.count = array_shape<M>::count;
-            describe_element<typename array_shape<M>::element, A>(entry);
-        } else if constexpr (form == wire_form::words || form == wire_form::bits) {
-            entry.type = "bitmap";
-            entry.repeat = repetition::bits;
-            entry.size = entry.unit = 8;
-            entry.count = 0;
-            if constexpr (form == wire_form::words) entry.length_name = member_name<A::bitmap_t::value>;
-            else if constexpr (is_bitset<M>) entry.count = (M().size() + 63) / 64;
-        } else if constexpr (form == wire_form::queue) {
-            using E = typename queue_shape<M>::element;
-            entry.type = queue_shape<M>::type;
-            entry.repeat = repetition::list;
-            entry.nested = &schema_for<nested<E, A>::description>();
-            entry.has_nested = true;
-            entry.nested_version = nested<E, A>::version;
-        } else if constexpr (form == wire_form::tree) {
-            using E = typename tree_shape<M>::element;
-            entry.type = "gtree";
-            entry.repeat = repetition::map;
-            entry.nested = &schema_for<nested<E, A>::description>();
-            entry.has_nested = true;
-            entry.nested_version = nested<E, A>::version;
-            entry.has_key = A::key_as_t::present;
-            if constexpr (A::key_as_t::present) entry.key = &schema_for<A::key_as_t::description>();
-        } else if constexpr (form == wire_form::custom) {
-            entry.type = A::coded_t::type::type;
-        } else if constexpr (form != wire_form::none) {
-            describe_element<M, A>(entry);
-            entry.null_markers = false;
-        }
     }
+    entry.name = Item::name();
+    entry.since = A::since;
+    entry.conditional = A::when_t::present;
+    if constexpr (A::limit_t::present) entry.limit = A::limit_t::value;
     return entry;
 }
-
-/// One constant per item: shared by all that ask about it.
-template <class Item>
-inline constexpr schema_field item_schema = describe_item<Item>();
 
 template <class Item>
 inline constexpr bool is_wire_item =
     Item::kind == item_kind::field || Item::kind == item_kind::unused || Item::kind == item_kind::temporary;
 
-template <class... Items>
-consteval auto make_schema_fields() {
-    std::array<schema_field, (std::size_t{0} + ... + (is_wire_item<Items> ? 1 : 0))> all{};
-    [[maybe_unused]] std::size_t i = 0;
-    const auto add = [&]<class Item>(const Item&) {
-        if constexpr (is_wire_item<Item>) all[i++] = item_schema<Item>;
-    };
-    (add(Items{}), ...);
-    return all;
-}
-template <class... Items>
-inline constexpr auto schema_fields = make_schema_fields<Items...>();
+template <class Item>
+inline constexpr bool is_plain_field = false;
+template <class Item>
+    requires(Item::kind == item_kind::field)
+inline constexpr bool is_plain_field<Item> = Item::plain;
 
-template <class>
-struct subsection_schemas {
-    static constexpr std::array<const schema*, 0> list{};
-};
-template <const auto&... Descriptions>
-struct subsection_schemas<subsections_item<Descriptions...>> {
-    static constexpr std::array<const schema*, sizeof...(Descriptions)> list{&schema_for<Descriptions>()...};
-};
+// --- sizes that are the same for every state -------------------------------------------------------------------------
 
-template <class... Items>
-consteval auto make_schema_subsections() {
-    std::array<const schema*, (std::size_t{0} + ... + subsection_schemas<Items>::list.size())> all{};
-    [[maybe_unused]] std::size_t i = 0;
-    const auto add = [&](const auto& list) {
-        for (const schema* one : list) all[i++] = one;
-    };
-    (add(subsection_schemas<Items>::list), ...);
-    return all;
+/// Larger things are not part of a run: they write and read for themselves.
+inline constexpr std::size_t max_flat = 1024;
+
+constexpr std::size_t flat_size(const schema& body, int version);
+
+/// The bytes of a field that is there in every stream of `version` and of constant size, at most max_flat; else 0.
+constexpr std::size_t flat_size(const schema_field& field, int version) {
+    if (field.conditional || field.since > version || field.null_markers || field.behind_pointer) return 0;
+    std::size_t one = field.size;
+    if (field.has_nested) one = field.type == "tmp" ? 0 : flat_size(*field.nested, field.nested_version);
+    std::size_t bytes = 0;
+    switch (field.repeat) {
+    case repetition::once: bytes = one; break;
+    case repetition::array:
+    case repetition::bits: bytes = field.count > max_flat ? 0 : one * field.count; break;
+    default: break;
+    }
+    return bytes <= max_flat ? bytes : 0;
 }
-template <class... Items>
-inline constexpr auto schema_subsections = make_schema_subsections<Items...>();
+/// The bytes of a body that is nothing but such fields; else 0.
+constexpr std::size_t flat_size(const schema& body, int version) {
+    if (body.has_hooks || !body.subsections.empty()) return 0;
+    std::size_t bytes = 0;
+    for (const schema_field& field : body.fields) {
+        if (!field.conditional && field.since > version) continue;
+        const std::size_t one = flat_size(field, version);
+        if (one == 0) return 0;
+        bytes += one;
+    }
+    return bytes <= max_flat ? bytes : 0;
+}
+/// The fewest bytes that a body of `version` can have.
+constexpr std::size_t minimum_size(const schema& body, int version) {
+    std::size_t bytes = 0;
+    for (const schema_field& field : body.fields) {
+        if (field.conditional || field.since > version) continue;
+        std::size_t one = field.null_markers ? 1 : field.size;
+        if (field.has_nested && !field.null_markers) one = minimum_size(*field.nested, field.nested_version);
+        switch (field.repeat) {
+        case repetition::once: bytes += one; break;
+        case repetition::array:
+        case repetition::bits: bytes += one * field.count; break;
+        case repetition::by_length: break;
+        case repetition::list: bytes += 1; break;
+        case repetition::map: bytes += 5; break;
+        }
+    }
+    return bytes;
+}
 
 /// Walks the names of everything nested below `fields`.
 template <class Visit>
