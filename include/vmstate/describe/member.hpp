@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <string_view>
+#include <type_traits>
 
 namespace vmstate::detail {
 
@@ -17,10 +18,11 @@ struct member_pointer_traits<Type Owner::*> {
     using type = Type;
 };
 
+// g++ 14 keeps the const of a constant that is passed on as an `auto` argument.
 template <auto Pointer>
-using owner_of = typename member_pointer_traits<decltype(Pointer)>::owner;
+using owner_of = typename member_pointer_traits<std::remove_cv_t<decltype(Pointer)>>::owner;
 template <auto Pointer>
-using type_of = typename member_pointer_traits<decltype(Pointer)>::type;
+using type_of = typename member_pointer_traits<std::remove_cv_t<decltype(Pointer)>>::type;
 
 /// The compiler's spelling of `Value`, somewhere near the end of this function's own signature.
 template <auto Value>
