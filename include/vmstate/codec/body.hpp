@@ -131,8 +131,12 @@ template <const auto& D, int Version, class S>
 
 template <const auto& D, item_kind Kind, class S>
 error hook(std::string_view name, S& state, [[maybe_unused]] int version_id) {
-    if constexpr (has_item<D, Kind>) return run_hook<the_item<D, Kind>::function>(name, state, version_id);
-    else return {};
+    if constexpr (has_item<D, Kind>) {
+        constexpr auto function = the_item<D, Kind>::function;
+        static_assert(callable_on<decltype(function), S> || callable_on<decltype(function), S, int>,
+                      "a const state can't be saved: a hook of its description has to change it");
+        return run_hook<function>(name, state, version_id);
+    } else return {};
 }
 
 template <const auto& D, class S>

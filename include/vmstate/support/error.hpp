@@ -128,7 +128,10 @@ public:
     error& at_index(std::uint64_t index) {
         if (!record_) return *this;
         std::string& path = record_->path;
-        path.insert(0, "[" + std::to_string(index) + (path.empty() || path.front() == '[' ? "]" : "]/"));
+        std::string segment(1, '['); // "[" + ... makes g++ 12 warn of an overlap (-Wrestrict) that isn't there
+        segment += std::to_string(index);
+        segment += path.empty() || path.front() == '[' ? "]" : "]/";
+        path.insert(0, segment);
         return *this;
     }
     /// Sets the offset unless an inner place has set it already.
