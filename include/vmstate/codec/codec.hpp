@@ -89,7 +89,7 @@ result<void> from_bytes(std::span<const std::byte> bytes, S& state, int version_
         return failure;
     }
     if (r.remaining() == 0) return {};
-    error failure(errc::trailing_bytes, "the end", std::to_string(r.remaining()) + " bytes");
+    error failure(errc::trailing_bytes, "the end", std::to_string(r.remaining()) + (r.remaining() == 1 ? " byte" : " bytes"));
     failure.at_offset(r.offset()).within(Description.name);
     return failure;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string_view>
 #include <type_traits>
 
 #include <vmstate/describe/member.hpp>
@@ -242,6 +243,29 @@ template <class T, int Count>
 consteval bool all_members_can_be_listed() {
     if constexpr (Count <= 0 || Count > max_bound_members) return true;
     else return !has_bit_field<T>(member_count<Count>{});
+}
+
+/// The `I`th of a binding's names.
+template <std::size_t I, class First, class... Rest>
+constexpr auto& nth_of(First& first, Rest&... rest) {
+    if constexpr (I == 0) return first;
+    else return nth_of<I - 1>(rest...);
+}
+
+/// The address of the `I`th member of an aggregate, C arrays counted as one.
+template <class S, std::size_t I>
+constexpr auto& bound_member(S& state) {
+    return visit_members(member_count<count_members<std::remove_const_t<S>>()>{}, state,
+                         [](auto&... members) -> auto& { return nth_of<I>(members...); });
+}
+
+template <auto Part>
+inline constexpr std::string_view part_name = last_identifier(spelling<Part>());
+
+template <class S, std::size_t I>
+consteval std::string_view bound_name() {
+    constexpr auto* member = &bound_member<const S, I>(unevaluated<S>.value);
+    return part_name<part_pointer<std::remove_const_t<decltype(member)>>{member}>;
 }
 
 } // namespace vmstate::detail

@@ -404,6 +404,9 @@ constexpr std::size_t distinct_members(std::span<const member_facts> members,
     return distinct;
 }
 
+/// For minimum_version_id: no stream is too old for any `since`.
+inline constexpr int max_version = std::numeric_limits<int>::max();
+
 /// A length that is itself described: before its array, and there whenever the array is.
 constexpr broken_rule check_lengths(std::span<const member_facts> members,
                                     std::span<const subsection_facts> subsections, int minimum_version_id) {
@@ -604,6 +607,56 @@ constexpr const schema& schema_for() {
     return schema_storage<Description>;
 }
 
+template <class S, class Item>
+consteval void check_since([[maybe_unused]] int version_id) {
+    if constexpr (requires { typename Item::attributes::since_t; }) {
+        if constexpr (Item::attributes::since_t::present)
+            if (Item::attributes::since > version_id)
+                rules::since_must_not_be_above_version_id<in_description_of<S, Item>>();
+    }
+}
+
+/// The name of a member that is in no field, for the message.
+template <std::size_t Size>
+struct member_text {
+    char text[Size + 1]{};
+};
+template <class S, member_text Name>
+struct forgotten_member {};
+
+template <class S, int Count, class... Items>
+consteval int first_forgotten() {
+    int found = 0;
+    const auto is_listed = [](std::string_view name) {
+        for (const member_facts& one : member_list<S, Items...>)
+            if (one.name == name) return true;
+        for (const subsection_facts& sub : subsection_list<Items...>)
+            for (const member_facts& one : sub.members)
+                if (one.name == name) return true;
+        return false;
+    };
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+        static_cast<void>((... || (is_listed(bound_name<S, I>()) ? false : (found = static_cast<int>(I), true))));
+    }(std::make_index_sequence<static_cast<std::size_t>(Count)>{});
+    return found;
+}
+template <class S, std::size_t I>
+consteval auto text_of_member() {
+    constexpr std::string_view name = bound_name<S, I>();
+    member_text<name.size()> copy;
+    for (std::size_t i = 0; i != name.size(); ++i) copy.text[i] = name[i];
+    return copy;
+}
+template <class S, class... Items>
+consteval void refuse_incomplete() {
+    constexpr int count = count_members<S>();
+    if constexpr (count <= max_bound_members) {
+        constexpr auto index = static_cast<std::size_t>(first_forgotten<S, count, Items...>());
+        rules::every_member_must_be_in_a_field_or_a_subsection_or_transient<
+            forgotten_member<S, text_of_member<S, index>()>>();
+    } else rules::every_member_must_be_in_a_field_or_a_subsection_or_transient<S>();
+}
+
 /// Everything that is checked; a broken rule makes this no constant expression.
 template <class S, class... Items>
 consteval void check_description(const description_header& header) {
@@ -616,8 +669,7 @@ consteval void check_description(const description_header& header) {
         if (header.version_id < 0 || header.minimum_version_id < 0) rules::version_ids_must_not_be_negative<S>();
         if (header.minimum_version_id > header.version_id)
             rules::minimum_version_id_must_not_be_above_version_id<S>();
-        for (const item_facts& one : facts_list<S, Items...>)
-            if (one.wire.since > header.version_id) rules::since_must_not_be_above_version_id<S>();
+        (check_since<S, Items>(header.version_id), ...);
 
         constexpr broken_rule in_subsections =
             check_subsections(subsection_list<Items...>, schema_fields<S, Items...>, schema_subsections<Items...>);
@@ -631,14 +683,15 @@ consteval void check_description(const description_header& header) {
                 rules::a_subsection_name_must_start_with_its_parents_name_and_a_slash<S>();
         }
 
+        constexpr broken_rule length_order = check_lengths(member_list<S, Items...>, subsection_list<Items...>, max_version);
+        if constexpr (length_order.rule != refusal::none)
+            refuse<length_order.rule, in_description_of<S, nth_item<length_order.item, Items...>>>();
         const broken_rule in_lengths = check_lengths(member_list<S, Items...>, subsection_list<Items...>, header.minimum_version_id);
-        if (in_lengths.rule == refusal::a_length_must_come_before_its_array)
-            rules::a_length_must_come_before_its_array<S>();
         if (in_lengths.rule == refusal::a_length_must_be_present_whenever_its_array_is)
             rules::a_length_must_be_present_whenever_its_array_is<S>();
 
         if constexpr (check_completeness<S, Items...>() == completeness::incomplete)
-            rules::every_member_must_be_in_a_field_or_a_subsection_or_transient<S>();
+            refuse_incomplete<S, Items...>();
     }
 }
 

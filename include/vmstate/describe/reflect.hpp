@@ -18,20 +18,6 @@
 namespace vmstate {
 namespace detail {
 
-/// The `I`th of a binding's names.
-template <std::size_t I, class First, class... Rest>
-constexpr auto& nth_of(First& first, Rest&... rest) {
-    if constexpr (I == 0) return first;
-    else return nth_of<I - 1>(rest...);
-}
-
-/// The address of the `I`th member of an aggregate, C arrays counted as one.
-template <class S, std::size_t I>
-constexpr auto& bound_member(S& state) {
-    return visit_members(member_count<count_members<std::remove_const_t<S>>()>{}, state,
-                         [](auto&... members) -> auto& { return nth_of<I>(members...); });
-}
-
 /// Whether an aggregate has C arrays: where it has none, Boost.PFR counts right.
 template <class S>
 consteval bool has_c_array() {
@@ -41,15 +27,6 @@ consteval bool has_c_array() {
         return visit_members(member_count<count>{}, unevaluated<S>.value, [](auto&... members) {
             return (false || ... || std::is_array_v<std::remove_reference_t<decltype(members)>>);
         });
-}
-
-template <auto Part>
-inline constexpr std::string_view part_name = last_identifier(spelling<Part>());
-
-template <class S, std::size_t I>
-consteval std::string_view bound_name() {
-    constexpr auto* member = &bound_member<const S, I>(unevaluated<S>.value);
-    return part_name<part_pointer<std::remove_const_t<decltype(member)>>{member}>;
 }
 
 } // namespace detail

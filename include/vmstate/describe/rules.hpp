@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// What the compiler refuses. A rule is a function that is declared and never defined, and not constexpr: `describe` calls
-// it when the rule is broken, and the compiler's message is the rule's name, with the item that breaks it as the
-// template argument. Depends on describe/wire_form.hpp.
+// What the compiler refuses. A rule is a function that is not constexpr: `describe` calls it when the rule is broken, which
+// makes the description no constant, and the compiler's message is the rule's name, with what breaks it as the template
+// argument. Depends on describe/wire_form.hpp.
 #pragma once
 
 #include <vmstate/describe/wire_form.hpp>
@@ -10,85 +10,85 @@
 namespace vmstate::rules {
 
 template <class Where>
-void long_double_has_no_wire_form();
+void long_double_has_no_wire_form() {}
 template <class Where>
-void wchar_t_has_no_wire_form();
+void wchar_t_has_no_wire_form() {}
 template <class Where>
-void a_pointer_to_a_scalar_must_have_length();
+void a_pointer_to_a_scalar_must_have_length() {}
 template <class Where>
-void a_struct_member_must_have_a_description();
+void a_struct_member_must_have_a_description() {}
 template <class Where>
-void a_union_has_no_wire_form();
+void a_union_has_no_wire_form() {}
 template <class Where>
-void a_reference_has_no_wire_form();
+void a_reference_has_no_wire_form() {}
 template <class Where>
-void a_function_has_no_wire_form();
+void a_function_has_no_wire_form() {}
 template <class Where>
-void a_vector_must_have_length();
+void a_vector_must_have_length() {}
 template <class Where>
-void a_list_or_map_must_have_as();
+void a_list_or_map_must_have_as() {}
 template <class Where>
-void this_type_has_no_wire_form();
+void this_type_has_no_wire_form() {}
 template <class Where>
-void a_predicate_must_take_the_described_struct_and_return_bool();
+void a_predicate_must_take_the_described_struct_and_return_bool() {}
 template <class Where>
-void a_hook_must_take_the_described_struct();
+void a_hook_must_take_the_described_struct() {}
 template <class Where>
-void the_description_in_as_must_describe_the_elements_type();
+void the_description_in_as_must_describe_the_elements_type() {}
 template <class Where>
-void a_slice_must_lie_inside_its_array();
+void a_slice_must_lie_inside_its_array() {}
 template <class Where>
-void between_bounds_must_fit_the_members_type();
+void between_bounds_must_fit_the_members_type() {}
 /// Elements of lists, maps and temporaries are saved at their own version, but loaded at the field's `since`.
 template <class Where>
-void an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see();
+void an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see() {}
 template <class Where>
-void an_attribute_must_not_be_given_twice();
+void an_attribute_must_not_be_given_twice() {}
 template <class Where>
-void an_attribute_must_fit_its_member();
+void an_attribute_must_fit_its_member() {}
 template <class Where>
-void a_member_must_belong_to_the_described_struct();
+void a_member_must_belong_to_the_described_struct() {}
 template <class Where>
-void a_codec_must_model_wire_codec();
+void a_codec_must_model_wire_codec() {}
 template <class Where>
-void a_length_must_be_an_integer();
+void a_length_must_be_an_integer() {}
 template <class Where>
-void a_length_must_come_before_its_array();
+void a_length_must_come_before_its_array() {}
 /// The length is gated by a version or a predicate that lets the array through without it.
 template <class Where>
-void a_length_must_be_present_whenever_its_array_is();
+void a_length_must_be_present_whenever_its_array_is() {}
 template <class Where>
-void a_member_must_not_be_described_twice();
+void a_member_must_not_be_described_twice() {}
 template <class Where>
-void two_fields_must_not_have_one_wire_name();
+void two_fields_must_not_have_one_wire_name() {}
 template <class Where>
-void a_subsection_must_not_be_given_twice();
+void a_subsection_must_not_be_given_twice() {}
 template <class Where>
-void two_subsections_must_not_have_one_name();
+void two_subsections_must_not_have_one_name() {}
 template <class Where>
-void a_subsection_must_have_needed();
+void a_subsection_must_have_needed() {}
 /// After every nested body the reader looks for a subsection of that body; it would take its ancestor's for its own.
 template <class Where>
-void a_nested_description_name_must_not_be_a_prefix_of_an_ancestors_subsection_name();
+void a_nested_description_name_must_not_be_a_prefix_of_an_ancestors_subsection_name() {}
 /// Or the description must say that it is one view among several: `partial`.
 template <class Where>
-void every_member_must_be_in_a_field_or_a_subsection_or_transient();
+void every_member_must_be_in_a_field_or_a_subsection_or_transient() {}
 template <class Where>
-void an_item_must_not_be_given_twice();
+void an_item_must_not_be_given_twice() {}
 template <class Where>
-void a_temporary_must_be_constructible_from_the_described_struct();
+void a_temporary_must_be_constructible_from_the_described_struct() {}
 template <class Where>
-void since_must_not_be_above_version_id();
+void since_must_not_be_above_version_id() {}
 template <class Where>
-void minimum_version_id_must_not_be_above_version_id();
+void minimum_version_id_must_not_be_above_version_id() {}
 template <class Where>
-void a_subsection_name_must_start_with_its_parents_name_and_a_slash();
+void a_subsection_name_must_start_with_its_parents_name_and_a_slash() {}
 template <class Where>
-void a_description_must_have_a_name();
+void a_description_must_have_a_name() {}
 template <class Where>
-void a_name_must_have_at_most_255_bytes();
+void a_name_must_have_at_most_255_bytes() {}
 template <class Where>
-void version_ids_must_not_be_negative();
+void version_ids_must_not_be_negative() {}
 
 } // namespace vmstate::rules
 

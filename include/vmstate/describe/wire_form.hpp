@@ -147,9 +147,9 @@ struct optional_value<T> {
 template <class T>
 consteval bool is_scalar() {
     using value = typename atomic_value<T>::type;
-    return ((std::is_integral_v<value> || std::is_enum_v<value> || std::is_floating_point_v<value>) &&
-            !std::is_same_v<value, long double> && !std::is_same_v<value, wchar_t> && sizeof(value) <= 8) ||
-           (is_chrono<value> && !atomic_value<T>::is_atomic);
+    if constexpr (std::is_integral_v<value> || std::is_enum_v<value> || std::is_floating_point_v<value>)
+        return !std::is_same_v<value, long double> && !std::is_same_v<value, wchar_t> && sizeof(value) <= 8;
+    else return is_chrono<value> && !atomic_value<T>::is_atomic;
 }
 
 /// C arrays and std::array, nested or not, as one row of elements. `Depth` limits how far a slice flattens.
@@ -402,6 +402,8 @@ consteval refusal why_no_element() {
         using pointee = typename pointer_shape<E>::pointee;
         if constexpr (std::is_function_v<pointee>) return refusal::a_function_has_no_wire_form;
         else if constexpr (std::is_void_v<pointee>) return refusal::this_type_has_no_wire_form;
+        else if constexpr (std::is_class_v<pointee> && !has_description<std::remove_const_t<pointee>, A>())
+            return refusal::a_struct_member_must_have_a_description; // before its size is asked: it may be incomplete
         else if constexpr (Alone && is_scalar<pointee>() && !A::as_t::present)
             return refusal::a_pointer_to_a_scalar_must_have_length;
         else if constexpr (pointer_shape<pointee>::is_pointer) return refusal::this_type_has_no_wire_form;
