@@ -65,14 +65,6 @@ consteval std::array<planned_item, Count + 1> make_plan(std::span<const item_fac
 template <const auto& D, int Version>
 inline constexpr auto plan_of = make_plan<item_count<D>>(std::remove_cvref_t<decltype(D)>::facts(), Version);
 
-/// The newest `since` that a stream of `version` has: streams with the same one have the same fields.
-constexpr int layout_version(const schema& body, int version) {
-    int newest = 0;
-    for (const schema_field& field : body.fields)
-        if (!field.conditional && field.since <= version && field.since > newest) newest = field.since;
-    return newest;
-}
-
 // --- flat bodies, inside somebody else's run -------------------------------------------------------------------------
 
 template <class Item, class S>
@@ -85,7 +77,7 @@ template <class Item, class S>
     if constexpr (is_plain_scalar<Item>) {
         using E = std::remove_const_t<typename Item::type>;
         using wire = typename wire_integer<E>::type;
-        assign(Item::of(state), from_wire<E>(load_big<wire>(p)));
+        take(Item::of(state), load_big<wire>(p));
         return p + sizeof(wire);
     } else {
         p = codec_of<Item>::type::decode(r, p, state);
@@ -140,7 +132,7 @@ error hook(std::string_view name, S& state, [[maybe_unused]] int version_id) {
 }
 
 template <const auto& D, class S>
-bool needed_by(const S& state) {
+constexpr bool needed_by(const S& state) {
     if constexpr (has_item<D, item_kind::needed>)
         return holds<the_item<D, item_kind::needed>::function>(state, D.version_id);
     else return true;
@@ -148,7 +140,7 @@ bool needed_by(const S& state) {
 
 /// Whether a field with a predicate is there.
 template <class Item, class S>
-[[gnu::always_inline]] inline bool field_exists(const S& state, [[maybe_unused]] int version_id) {
+[[gnu::always_inline]] constexpr bool field_exists(const S& state, [[maybe_unused]] int version_id) {
     if constexpr (Item::attributes::when_t::present) return holds<Item::attributes::when_t::value>(state, version_id);
     else return true;
 }
@@ -313,6 +305,20 @@ std::int64_t capacity_before(const S& state) {
     }
     return allocates;
 }
+/// After a failed load a length must not promise more room behind a raw pointer than there is: the next load trusts it.
+template <class Item, class S>
+void restore_length(S& state, std::int64_t capacity) {
+    if constexpr (Item::kind == item_kind::field) {
+        if constexpr (room_is_length<Item>()) {
+            constexpr auto length = length_member<typename Item::attributes>();
+            using A = typename Item::attributes;
+            std::int64_t most = capacity;
+            if constexpr (A::multiply_t::present) most /= static_cast<std::int64_t>(A::multiply_t::value);
+            if (capacity != allocates && (length_of<length>(state) < 0 || length_of<length>(state) > most))
+                state.*length = static_cast<type_of<length>>(most);
+        }
+    }
+}
 constexpr bool any_length(std::span<const item_facts> items) {
     for (const item_facts& one : items)
         if (!one.wire.length_name.empty()) return true;
@@ -320,7 +326,7 @@ constexpr bool any_length(std::span<const item_facts> items) {
 }
 
 template <const auto& D, int Version, class S, std::size_t... I, class... Items>
-[[gnu::always_inline]] inline bool load_fields(reader& r, S& state, int version_id,
+[[gnu::always_inline]] inline bool load_fields(reader& r, S& state, [[maybe_unused]] int version_id,
                                                const item_index<std::index_sequence<I...>, Items...>*) {
     const std::int64_t* capacities = nullptr;
     static constexpr std::int64_t none[sizeof...(I) + 1] = {};
@@ -332,7 +338,10 @@ template <const auto& D, int Version, class S, std::size_t... I, class... Items>
     }
     const std::byte* p = r.cursor();
     ((p = p == nullptr ? p : load_item<D, Version, I, Items>(r, p, state, capacities, version_id)), ...);
-    if (p == nullptr) return false;
+    if (p == nullptr) {
+        if constexpr (any_length(std::remove_cvref_t<decltype(D)>::facts())) (restore_length<Items>(state, taken[I]), ...);
+        return false;
+    }
     r.seek(p);
     return true;
 }
@@ -372,7 +381,8 @@ lookup load_named(reader& r, S& state, std::string_view name, const std::byte* b
     const auto try_one = [&]<const auto& Sub>(const subsections_item<Sub>&) {
         if (found != lookup::unknown || name != Sub.name) return;
         r.seek(body);
-        const auto version_id = static_cast<int>(r.get_be32());
+        // QEMU keeps a subsection's version in 8 bits: what it accepts, this accepts.
+        const auto version_id = static_cast<int>(r.get_be32() & 0xff);
         if (r.failed()) r.failure().within(Sub.name.substr(Sub.name.rfind('/') + 1));
         found = !r.failed() && load_subsection<Sub>(r, state, version_id) ? lookup::loaded : lookup::failed;
     };
@@ -493,10 +503,59 @@ constexpr std::size_t measure_body(const S& state) {
     else return measure_items<D, Version>(state, static_cast<const items_of<D>*>(nullptr));
 }
 
-template <class Item, class S>
+/// Several entries of a body may have one name: unused bytes, slices of one member, forms of it under several predicates.
+/// QEMU numbers them as they stand in the description, whether this stream has them or not.
+template <class Item>
+consteval bool may_share_its_name() {
+    if constexpr (Item::kind == item_kind::field && !is_plain_field<Item>)
+        return Item::attributes::slice_t::present || Item::attributes::when_t::present;
+    else return Item::kind == item_kind::unused || Item::kind == item_kind::temporary;
+}
+inline std::size_t number_among_namesakes(std::span<const item_facts> items, std::size_t i) noexcept {
+    std::size_t number = 0;
+    std::size_t namesakes = 0;
+    for (std::size_t other = 0; other != items.size(); ++other) {
+        if (!items[other].is_wire || items[other].wire.name != items[i].wire.name) continue;
+        ++namesakes;
+        if (other < i) ++number;
+    }
+    return namesakes > 1 ? number : field_event::no_index;
+}
+/// Passes on what one item tells, with its number in the entries that are its own.
+class numbering_visitor final : public field_visitor {
+public:
+    numbering_visitor(field_visitor& to, std::size_t number) noexcept : to_(to), number_(number) {}
+
+    void begin_field(const field_event& field) override {
+        if (depth_++ != 0) return to_.begin_field(field);
+        field_event numbered = field;
+        numbered.number = number_;
+        to_.begin_field(numbered);
+    }
+    void end_field() override {
+        --depth_;
+        to_.end_field();
+    }
+    void begin_nested(std::string_view name, int version_id) override { to_.begin_nested(name, version_id); }
+    void end_nested() override { to_.end_nested(); }
+    void begin_subsection(std::string_view name, int version_id) override { to_.begin_subsection(name, version_id); }
+    void end_subsection() override { to_.end_subsection(); }
+
+private:
+    field_visitor& to_;
+    std::size_t number_;
+    std::size_t depth_ = 0;
+};
+
+template <const auto& D, std::size_t I, class Item, class S>
 void walk_item(S& state, [[maybe_unused]] field_visitor& visitor, const planned_item& plan, [[maybe_unused]] int version) {
-    if constexpr (is_wire_item<Item>)
-        if (plan.sent && field_exists<Item>(std::as_const(state), version)) codec_of<Item>::type::walk(state, visitor);
+    if constexpr (is_wire_item<Item>) {
+        if (!plan.sent || !field_exists<Item>(std::as_const(state), version)) return;
+        if constexpr (may_share_its_name<Item>()) {
+            numbering_visitor numbering(visitor, number_among_namesakes(std::remove_cvref_t<decltype(D)>::facts(), I));
+            codec_of<Item>::type::walk(state, numbering);
+        } else codec_of<Item>::type::walk(state, visitor);
+    }
 }
 template <const auto& Sub, class S>
 void walk_subsection(S& state, field_visitor& visitor) {
@@ -512,7 +571,7 @@ void walk_subsections(S& state, field_visitor& visitor, const subsections_item<S
 }
 template <const auto& D, int Version, class S, std::size_t... I, class... Items>
 void walk_items(S& state, field_visitor& visitor, const item_index<std::index_sequence<I...>, Items...>*) {
-    (walk_item<Items>(state, visitor, plan_of<D, Version>[I], Version), ...);
+    (walk_item<D, I, Items>(state, visitor, plan_of<D, Version>[I], Version), ...);
     if constexpr (has_item<D, item_kind::subsections>)
         for_subsections<Items...>([&](const auto& subsections) { walk_subsections(state, visitor, subsections); });
 }

@@ -31,11 +31,11 @@ template <class Integer>
 template <std::size_t Width>
 inline void swap_units_by_loop(std::byte* target, const std::byte* source, std::size_t count) noexcept {
     using integer = std::conditional_t<Width == 2, std::uint16_t, std::conditional_t<Width == 4, std::uint32_t, std::uint64_t>>;
-    for (std::size_t i = 0; i != count; ++i) {
+    for (const std::byte* end = source + count * Width; source != end; source += Width, target += Width) {
         integer unit;
-        std::memcpy(&unit, source + i * Width, Width);
+        std::memcpy(&unit, source, Width);
         unit = boost::endian::endian_reverse(unit);
-        std::memcpy(target + i * Width, &unit, Width);
+        std::memcpy(target, &unit, Width);
     }
 }
 
@@ -112,7 +112,14 @@ inline void copy_units(std::byte* target, const std::byte* source, std::size_t c
 template <std::size_t Width, std::size_t Count>
 [[gnu::always_inline]] inline void copy_units(std::byte* target, const std::byte* source) noexcept {
     if constexpr (Width == 1 || std::endian::native == std::endian::big) std::memcpy(target, source, Count * Width);
-    else if constexpr (Count * Width <= 64) swap_units_by_loop<Width>(target, source, Count);
+    else if constexpr (Count * Width <= 64) {
+        // Not the loop above: its count would be a variable again, about which g++ -O3 draws wrong conclusions.
+        using integer = std::conditional_t<Width == 2, std::uint16_t, std::conditional_t<Width == 4, std::uint32_t, std::uint64_t>>;
+        integer units[Count];
+        std::memcpy(units, source, sizeof units);
+        for (integer& unit : units) unit = boost::endian::endian_reverse(unit);
+        std::memcpy(target, units, sizeof units);
+    }
     else copy_units<Width>(target, source, Count);
 }
 

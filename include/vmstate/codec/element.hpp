@@ -9,6 +9,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <type_traits>
 
@@ -60,7 +61,12 @@ constexpr std::uint64_t nanoseconds_of(const Chrono& value) {
     if constexpr (time_point_type<Chrono>) return nanoseconds_of(value.time_since_epoch());
     else {
         using period = typename Chrono::period;
-        return static_cast<std::uint64_t>(static_cast<wide_integer>(value.count()) * (period::num * 1'000'000'000) / period::den);
+        if constexpr (std::is_floating_point_v<typename Chrono::rep>) {
+            const long double ns = static_cast<long double>(value.count()) * (period::num * 1e9L) / period::den;
+            if (!(ns > -0x1p63L && ns < 0x1p63L)) return ns > 0 ? 0x7fffffffffffffff : 0x8000000000000000; // NaN, too
+            return static_cast<std::uint64_t>(static_cast<std::int64_t>(ns));
+        } else
+            return static_cast<std::uint64_t>(static_cast<wide_integer>(value.count()) * (period::num * 1'000'000'000) / period::den);
     }
 }
 template <class Chrono>
@@ -68,19 +74,33 @@ constexpr Chrono chrono_from(std::uint64_t nanoseconds) {
     if constexpr (time_point_type<Chrono>) return Chrono(chrono_from<typename Chrono::duration>(nanoseconds));
     else {
         using period = typename Chrono::period;
-        return Chrono(static_cast<typename Chrono::rep>(static_cast<wide_integer>(static_cast<std::int64_t>(nanoseconds)) *
+        if constexpr (std::is_floating_point_v<typename Chrono::rep>)
+            return Chrono(static_cast<typename Chrono::rep>(static_cast<long double>(static_cast<std::int64_t>(nanoseconds)) *
+                                                            period::den / (period::num * 1e9L)));
+        else return Chrono(static_cast<typename Chrono::rep>(static_cast<wide_integer>(static_cast<std::int64_t>(nanoseconds)) *
                                                         period::den / (period::num * 1'000'000'000)));
     }
+}
+
+template <class E>
+[[gnu::always_inline]] inline std::underlying_type_t<E> underlying_of(const E& member) {
+    std::underlying_type_t<E> held;
+    std::memcpy(&held, &member, sizeof held);
+    return held;
 }
 
 template <class E>
 [[gnu::always_inline]] constexpr auto to_wire(const E& member) {
     using wire = typename wire_integer<E>::type;
     using value = typename atomic_value<E>::type;
-    const value v = value_of(member);
-    if constexpr (is_chrono<value>) return nanoseconds_of(v);
-    else if constexpr (std::is_floating_point_v<value>) return std::bit_cast<wire>(v);
-    else return static_cast<wire>(v);
+    // Not by its value: an enum without a fixed underlying type may hold what is no value of it.
+    if constexpr (std::is_enum_v<E>) return static_cast<wire>(underlying_of(member));
+    else {
+        const value v = value_of(member);
+        if constexpr (is_chrono<value>) return nanoseconds_of(v);
+        else if constexpr (std::is_floating_point_v<value>) return std::bit_cast<wire>(v);
+        else return static_cast<wire>(v);
+    }
 }
 
 template <class E>
@@ -96,6 +116,15 @@ template <class E>
 [[gnu::always_inline]] constexpr void assign(E& member, const typename atomic_value<E>::type& value) {
     if constexpr (atomic_value<E>::is_atomic) member.store(value);
     else member = value;
+}
+
+/// What came from the wire into the member.
+template <class E>
+[[gnu::always_inline]] constexpr void take(E& member, typename wire_integer<E>::type wire) {
+    if constexpr (std::is_enum_v<E>) {
+        const auto held = static_cast<std::underlying_type_t<E>>(wire);
+        std::memcpy(&member, &held, sizeof held);
+    } else assign(member, from_wire<E>(wire));
 }
 
 template <class Value>
@@ -155,16 +184,20 @@ struct element<E, A, wire_form::scalar> {
 
     [[gnu::always_inline]] static std::byte* encode(std::byte* p, const E& member) { return store_big(p, to_wire(member)); }
     [[gnu::always_inline]] static const std::byte* decode(reader& r, const std::byte* p, E& member) {
-        const auto loaded = from_wire<E>(load_big<typename wire_integer<E>::type>(p));
+        const auto wire = load_big<typename wire_integer<E>::type>(p);
         if constexpr (A::is_checked) {
-            const auto current = value_of(member);
+            const auto loaded = from_wire<typename arithmetic_of<E>::type>(wire);
+            const auto current = [&] {
+                if constexpr (std::is_enum_v<E>) return underlying_of(member);
+                else return value_of(member);
+            }();
             if (!acceptable<A>(loaded, current)) [[unlikely]] {
                 r.seek(p);
                 refuse_value<A>(r, loaded, current);
                 return nullptr;
             }
         }
-        assign(member, loaded);
+        take(member, wire);
         return p + flat;
     }
     static constexpr std::size_t measure(const E&) { return flat; }

@@ -26,7 +26,7 @@ constexpr std::int64_t length_of(const S& state) {
 template <class Item>
 constexpr field_event event_of() {
     return {Item::name(), type_schema<std::remove_const_t<typename Item::type>, typename Item::attributes>.type, 0, 1,
-            field_event::no_index};
+            field_event::no_index, field_event::no_index};
 }
 
 /// A field whose value is one element.
@@ -144,9 +144,20 @@ struct storage {
         else return member;
     }
     /// Elements that may be read from the member, as far as it says.
+    static bool is_null(const M& member) {
+        if constexpr (kind == container::vector) return false;
+        else return data(member) == nullptr;
+    }
     static std::uint64_t readable(const M& member) {
         if constexpr (kind == container::vector) return member.size();
         else return data(member) == nullptr ? 0 : std::numeric_limits<std::uint64_t>::max();
+    }
+    /// A raw pointer that `resize` filled is null again after a failed load: its length says more than there is.
+    static void give_back([[maybe_unused]] M& member) {
+        if constexpr (kind == container::pointer) {
+            delete[] member;
+            member = nullptr;
+        }
     }
     static E* resize(M& member, std::size_t have, std::size_t count) {
         if constexpr (kind == container::vector) {
@@ -172,6 +183,7 @@ struct storage<M, true> {
     using E = typename shape::element;
     static constexpr container kind = container::none;
     static auto data(auto& member) { return shape::first(member); }
+    static constexpr bool is_null(const M&) { return false; }
     static std::uint64_t readable(const M&) { return shape::count; }
 };
 
@@ -212,6 +224,11 @@ bool checked_count(Stream& stream, std::int64_t length, std::size_t factor, std:
     return count <= maximum || refuse(maximum);
 }
 
+inline bool refuse_null(writer& w) {
+    w.fail(error(errc::null_pointer, "a pointer to as many elements as the length says", "null"));
+    return false;
+}
+
 /// As many elements as another member says.
 template <class Item>
 struct field_codec<Item, wire_form::sequence> {
@@ -233,6 +250,7 @@ struct field_codec<Item, wire_form::sequence> {
         std::size_t count = 0;
         auto& member = Item::of(state);
         const std::uint64_t readable = store::readable(member);
+        if (store::is_null(member) && length_of<length>(state) > 0) return refuse_null(w);
         if (!checked_count<A>(w, length_of<length>(state), factor, readable, count)) return false;
         return elements::save(w, store::data(member), count);
     }
@@ -246,9 +264,11 @@ struct field_codec<Item, wire_form::sequence> {
             return elements::load(r, const_cast<E*>(store::data(member)), count);
         } else {
             if (capacity != allocates) return elements::load(r, const_cast<E*>(store::data(member)), count);
-            return load_growing<E, A>(r, count, [&](std::size_t have, std::size_t next) {
+            const bool loaded = load_growing<E, A>(r, count, [&](std::size_t have, std::size_t next) {
                 return const_cast<E*>(store::resize(member, have, next));
             });
+            if (!loaded) store::give_back(member);
+            return loaded;
         }
     }
     template <class S>
@@ -289,6 +309,7 @@ struct field_codec<Item, wire_form::words> {
     static bool save(writer& w, S& state) {
         std::size_t bits = 0;
         const auto& member = Item::of(state);
+        if (store::is_null(member) && length_of<length>(state) > 0) return refuse_null(w);
         if (!checked_count<A>(w, length_of<length>(state), 1, bits_in(store::readable(member)), bits)) return false;
         return words::save(w, store::data(member), words_for(bits));
     }
@@ -304,14 +325,17 @@ struct field_codec<Item, wire_form::words> {
             return words::load(r, store::data(member), words_for(bits));
         } else {
             if (capacity != allocates) return words::load(r, store::data(member), words_for(bits));
-            return load_growing<E, attributes<>>(r, words_for(bits), [&](std::size_t have, std::size_t next) {
+            const bool loaded = load_growing<E, attributes<>>(r, words_for(bits), [&](std::size_t have, std::size_t next) {
                 return store::resize(member, have, next);
             });
+            if (!loaded) store::give_back(member);
+            return loaded;
         }
     }
     template <class S>
     static constexpr std::size_t measure(const S& state) {
-        return 8 * words_for(static_cast<std::size_t>(std::max<std::int64_t>(0, length_of<length>(state))));
+        const auto said = static_cast<std::uint64_t>(std::max<std::int64_t>(0, length_of<length>(state)));
+        return 8 * words_for(static_cast<std::size_t>(std::min(said, bits_in(store::readable(Item::of(state))))));
     }
     template <class S>
     static void walk(S& state, field_visitor& visitor) {
@@ -522,7 +546,13 @@ struct field_codec<Item, wire_form::tree> {
             K key{};
             typename tree_shape<M>::element value{};
             bool loaded = true;
-            if constexpr (direct_key) key = static_cast<K>(r.get_be64());
+            if constexpr (direct_key) {
+                const std::uint64_t sent = r.get_be64();
+                key = static_cast<K>(sent);
+                if (static_cast<std::uint64_t>(key) != sent)
+                    loaded = r.fail(error(errc::out_of_range, "a key of at most " + std::to_string(8 * sizeof(K)) + " bits",
+                                          std::to_string(sent)));
+            }
             else loaded = load_body<A::key_as_t::description, A::key_as_t::description.version_id>(r, key, A::since);
             loaded = loaded && !r.failed() && load_body<one::description, one::version>(r, value, A::since);
             if (loaded && !map.emplace(std::move(key), std::move(value)).second)

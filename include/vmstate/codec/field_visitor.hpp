@@ -18,6 +18,7 @@ struct field_event {
     std::size_t size = 0;            ///< bytes on the wire; of one element where array_len is above 1
     std::size_t array_len = 1;       ///< elements that this one entry stands for
     std::size_t index = no_index;    ///< which element of an array this entry is, where each has its own
+    std::size_t number = no_index;   ///< which of the description's entries of this name: QEMU calls it `name[number]`
 };
 
 /// Called in wire order. A field without a description of its own is `begin_field, end_field`; one with a description

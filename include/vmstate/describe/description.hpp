@@ -41,6 +41,8 @@ struct item_facts {
     refusal why = refusal::none;   // the first rule that it breaks on its own
     const void* owner = nullptr;   // which struct the member is of: a base class may have one of the same name
     const void* when = nullptr;    // which predicate
+    std::string_view predicate;    // and how it is spelled: with -fsanitize=undefined g++ can't tell two addresses apart
+    bool room_is_length = false;   // behind a raw pointer: what the length says before a load
     bool sliced = false;
     std::size_t first = 0;
     std::size_t count = 0;
@@ -105,7 +107,8 @@ consteval refusal why_no_field() {
         if constexpr (A::is_checked && !checked_value<M, A>::is_scalar) return refusal::an_attribute_must_fit_its_member;
         if constexpr (A::slice_t::present) {
             if constexpr (form != wire_form::array) return refusal::an_attribute_must_fit_its_member;
-            else if constexpr (A::slice_t::low + A::slice_t::high > array_shape<M>::rows || A::slice_t::high == 0)
+            else if constexpr (A::slice_t::low >= array_shape<M>::rows || A::slice_t::high == 0 ||
+                               A::slice_t::high > array_shape<M>::rows - A::slice_t::low)
                 return refusal::a_slice_must_lie_inside_its_array;
         }
         if constexpr (A::multiply_t::present && form != wire_form::sequence)
@@ -245,7 +248,11 @@ consteval item_facts facts_of() {
         if constexpr (is_wire_item<Item>) {
             using A = typename Item::attributes;
             facts.wire = describe_item<Item>();
-            if constexpr (A::when_t::present) facts.when = &type_id<constant<A::when_t::value>>;
+            if constexpr (A::when_t::present) {
+                facts.when = &type_id<constant<A::when_t::value>>;
+                facts.predicate = type_spelling<constant<A::when_t::value>>();
+            }
+            if constexpr (Item::kind == item_kind::field) facts.room_is_length = room_is_length<Item>();
             if constexpr (A::slice_t::present) {
                 facts.sliced = true;
                 facts.first = A::slice_t::low;
@@ -359,9 +366,12 @@ constexpr bool overlap(const item_facts& a, const item_facts& b) {
     return a.first < b.first + b.count && b.first < a.first + a.count;
 }
 
+constexpr bool same_predicate(const item_facts& a, const item_facts& b) {
+    return a.predicate == b.predicate && a.when == b.when;
+}
 /// Two ways to send one member are alternatives where predicates tell them apart.
 constexpr bool alternatives(const item_facts& a, const item_facts& b) {
-    return a.wire.conditional && b.wire.conditional && a.when != b.when;
+    return a.wire.conditional && b.wire.conditional && !same_predicate(a, b);
 }
 
 constexpr broken_rule check_members(std::span<const member_facts> members) {
@@ -419,7 +429,7 @@ constexpr broken_rule check_lengths(std::span<const member_facts> members,
             const schema_field& l = length.field->wire;
             const schema_field& a = array.field->wire;
             const bool always = !l.conditional && l.since <= minimum_version_id;
-            const bool together = l.conditional ? a.conditional && length.field->when == array.field->when
+            const bool together = l.conditional ? a.conditional && same_predicate(*length.field, *array.field)
                                                 : !a.conditional && l.since <= a.since;
             if (!always && !together) return {refusal::a_length_must_be_present_whenever_its_array_is, array.item};
         }
@@ -432,6 +442,20 @@ constexpr broken_rule check_lengths(std::span<const member_facts> members,
     return {};
 }
 
+/// Room behind a raw pointer is what its length says before a load. In a subsection that is too late where the length is
+/// a field of `outer`: it has come from the stream already.
+constexpr bool trusts_a_loaded_length(std::span<const member_facts> outer, std::span<const subsection_facts> subsections) {
+    for (const subsection_facts& sub : subsections) {
+        for (const member_facts& array : sub.members) {
+            if (!array.is_field || !array.field->room_is_length) continue;
+            for (const member_facts& length : outer)
+                if (length.is_field && length.name == array.field->wire.length_name) return true;
+        }
+        if (trusts_a_loaded_length(outer, sub.subsections)) return true;
+    }
+    return false;
+}
+
 constexpr broken_rule check_subsections(std::span<const subsection_facts> subsections,
                                         std::span<const schema_field> fields,
                                         std::span<const schema* const> bodies) {
@@ -439,9 +463,10 @@ constexpr broken_rule check_subsections(std::span<const subsection_facts> subsec
         const subsection_facts& one = subsections[i];
         if (!one.has_needed) return {refusal::a_subsection_must_have_needed, one.item};
         for (std::size_t j = 0; j != i; ++j) {
-            if (subsections[j].body == one.body) return {refusal::a_subsection_must_not_be_given_twice, one.item};
-            if (subsections[j].body->name == one.body->name)
-                return {refusal::two_subsections_must_not_have_one_name, one.item};
+            if (subsections[j].body->name != one.body->name) continue;
+            return {subsections[j].body == one.body ? refusal::a_subsection_must_not_be_given_twice
+                                                    : refusal::two_subsections_must_not_have_one_name,
+                    one.item};
         }
         const std::string_view name = one.body->name;
         const auto takes_it = [&](const schema& nested) {
@@ -554,7 +579,7 @@ struct description {
     /// MigrationPriority of the device's section.
     static constexpr int priority() {
         int value = 0;
-        const auto look = [&]<class Item>(const Item&) {
+        [[maybe_unused]] const auto look = [&]<class Item>(const Item&) {
             if constexpr (Item::kind == detail::item_kind::priority) value = Item::value;
         };
         (look(Items{}), ...);
@@ -566,7 +591,7 @@ struct description {
     /// The oldest version that loads, by fields or by `load_old`.
     constexpr int oldest_version_id() const {
         int value = minimum_version_id;
-        const auto look = [&]<class Item>(const Item&) {
+        [[maybe_unused]] const auto look = [&]<class Item>(const Item&) {
             if constexpr (Item::kind == detail::item_kind::load_old)
                 value = Item::minimum < value ? Item::minimum : value;
         };
@@ -690,6 +715,9 @@ consteval void check_description(const description_header& header) {
         if (in_lengths.rule == refusal::a_length_must_be_present_whenever_its_array_is)
             rules::a_length_must_be_present_whenever_its_array_is<S>();
 
+        if (trusts_a_loaded_length(member_list<S, Items...>, subsection_list<Items...>))
+            rules::an_array_behind_a_pointer_must_have_limit_where_its_length_is_in_an_outer_description<S>();
+
         if constexpr (check_completeness<S, Items...>() == completeness::incomplete)
             refuse_incomplete<S, Items...>();
     }
@@ -711,15 +739,23 @@ constexpr const schema& schema_of() {
     return detail::schema_for<Description>();
 }
 
-/// Changes when, and only when, the wire changes: name, version, order and width of what is sent, its gates,
-/// subsections. Names of fields aren't on the wire.
+/// Changes when, and only when, the wire changes: name, version, order and width of what is sent, its gates (in the
+/// versions that are accepted), which field is a length, subsections. Names of fields aren't on the wire.
 template <const auto& Description>
 constexpr std::uint64_t fingerprint_of() {
     constexpr std::uint64_t value = [] {
         detail::unit_hash hash;
         hash.mix(Description.name);
         hash.mix(static_cast<std::uint64_t>(Description.version_id));
-        detail::units_of(detail::schema_for<Description>(), Description.version_id, hash);
+        // What it writes, and what it reads of older versions.
+        const schema& body = detail::schema_for<Description>();
+        for (int version = Description.version_id;; --version) {
+            detail::units_of(body, version, hash);
+            const int layout = detail::layout_version(body, version);
+            if (layout <= Description.minimum_version_id) break;
+            version = layout;
+            hash.mix(static_cast<std::uint64_t>(layout));
+        }
         return hash.finish();
     }();
     return value;

@@ -27,7 +27,7 @@ public:
             const bool bytes_b = is_bytes(b);
             if (bytes_a != bytes_b) return false;
             if (!bytes_a) {
-                if (a.what != b.what || a.size != b.size || a.count != b.count) return false;
+                if (a.what != b.what || a.size != b.size || a.count != b.count || a.condition != b.condition) return false;
                 if (a.what == wire_unit::tag::custom && a.text != b.text) return false;
                 left_a_ = left_b_ = 0;
                 ++i_;
@@ -104,6 +104,6 @@ constexpr bool loads_schema(const schema& reading, const schema& written) {
 /// and every subsection that may come. What predicates decide is not known here: a conditional field is taken to be there
 /// under the same condition on both sides.
 template <const auto& New, const auto& Old>
-inline constexpr bool loads = detail::loads_schema(detail::schema_for<New>(), detail::schema_for<Old>());
+inline constexpr bool loads = New.name == Old.name && detail::loads_schema(detail::schema_for<New>(), detail::schema_for<Old>());
 
 } // namespace vmstate

@@ -69,6 +69,7 @@ struct unevaluated_object {
 #if defined(__clang__)
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wundefined-var-template"
+#pragma clang diagnostic ignored "-Wundefined-internal"
 #endif
 template <class T>
 extern const unevaluated_object<T> unevaluated;

@@ -79,6 +79,13 @@ consteval auto reflect_items(description_header header, Items... items);
 template <class S>
 inline constexpr auto reflected = reflect_items<S>({.name = type_name<S>});
 
+/// A reference can't be made from nothing, and a struct that has one can't be assigned.
+template <class S>
+consteval bool has_reference() {
+    if constexpr (std::is_aggregate_v<S>) return !fits<S>(member_count<0>{}) && !std::is_copy_assignable_v<S>;
+    else return false;
+}
+
 template <class Element>
 consteval bool reflects() {
     return std::is_class_v<Element> && std::is_aggregate_v<Element> &&
@@ -101,7 +108,10 @@ consteval auto reflect_all(description_header header, std::index_sequence<I...>,
 
 template <class S, class... Items>
 consteval auto reflect_items(description_header header, Items... items) {
-    return reflect_all<S>(header, std::make_index_sequence<reflection<S>::count>{}, items...);
+    if constexpr (has_reference<S>()) {
+        rules::a_reference_has_no_wire_form<S>();
+        return describe<S>(header, partial);
+    } else return reflect_all<S>(header, std::make_index_sequence<reflection<S>::count>{}, items...);
 }
 
 } // namespace detail

@@ -42,6 +42,7 @@ struct schema_field {
     std::size_t limit = 0;              ///< the most elements accepted; 0 where nothing is said
     int since = 0;                      ///< first version that has it
     bool conditional = false;           ///< a predicate decides (`when`), not the version
+    const void* condition = nullptr;    ///< which predicate: the same object for the same one
     bool null_markers = false;          ///< elements behind pointers: a null one is the byte '0'
     bool behind_pointer = false;        ///< a single element behind a pointer
     const schema* nested = nullptr;     ///< the description of an element
@@ -140,16 +141,20 @@ consteval schema_field describe_type() {
         using E = typename queue_shape<M>::element;
         entry.type = queue_shape<M>::type;
         entry.repeat = repetition::list;
-        entry.nested = &schema_for<nested<E, A>::description>();
-        entry.has_nested = true;
-        entry.nested_version = nested<E, A>::version;
+        if constexpr (has_description<E, A>()) {
+            entry.nested = &schema_for<nested<E, A>::description>();
+            entry.has_nested = true;
+            entry.nested_version = nested<E, A>::version;
+        }
     } else if constexpr (form == wire_form::tree) {
         using E = typename tree_shape<M>::element;
         entry.type = "gtree";
         entry.repeat = repetition::map;
-        entry.nested = &schema_for<nested<E, A>::description>();
-        entry.has_nested = true;
-        entry.nested_version = nested<E, A>::version;
+        if constexpr (has_description<E, A>()) {
+            entry.nested = &schema_for<nested<E, A>::description>();
+            entry.has_nested = true;
+            entry.nested_version = nested<E, A>::version;
+        }
         entry.has_key = A::key_as_t::present;
         if constexpr (A::key_as_t::present) entry.key = &schema_for<A::key_as_t::description>();
     } else if constexpr (form == wire_form::custom) {
@@ -189,6 +194,7 @@ consteval schema_field describe_item() {
     entry.name = Item::name();
     entry.since = A::since;
     entry.conditional = A::when_t::present;
+    if constexpr (A::when_t::present) entry.condition = &type_id<constant<A::when_t::value>>;
     if constexpr (A::limit_t::present) entry.limit = A::limit_t::value;
     return entry;
 }
@@ -236,6 +242,14 @@ constexpr std::size_t flat_size(const schema& body, int version) {
     }
     return bytes <= max_flat ? bytes : 0;
 }
+/// The newest `since` that a stream of `version` has: streams with the same one have the same fields.
+constexpr int layout_version(const schema& body, int version) {
+    int newest = 0;
+    for (const schema_field& field : body.fields)
+        if (!field.conditional && field.since <= version && field.since > newest) newest = field.since;
+    return newest;
+}
+
 /// The fewest bytes that a body of `version` can have.
 constexpr std::size_t minimum_size(const schema& body, int version) {
     std::size_t bytes = 0;
@@ -290,18 +304,22 @@ struct wire_unit {
     std::uint64_t size = 0;
     std::uint64_t count = 0;
     std::string_view text{};
-
-    constexpr bool same(const wire_unit& other) const {
-        return what == other.what && size == other.size && count == other.count && text == other.text;
-    }
+    const void* condition = nullptr;
 };
 
 /// Feeds the units of a body to `sink`, which merges neighbours.
 template <class Sink>
 constexpr void units_of(const schema& body, int version, Sink& sink);
 
+/// Which of a body's fields is the length called `name`: names aren't on the wire, but which field counts is.
+constexpr std::uint64_t place_of(const schema& body, std::string_view name) {
+    for (std::size_t i = 0; i != body.fields.size(); ++i)
+        if (body.fields[i].name == name) return i;
+    return body.fields.size();
+}
+
 template <class Sink>
-constexpr void units_of_field(const schema_field& field, Sink& sink) {
+constexpr void units_of_field(const schema& body, const schema_field& field, Sink& sink) {
     using tag = wire_unit::tag;
     const auto element = [&] {
         if (field.has_nested) units_of(*field.nested, field.nested_version, sink);
@@ -323,11 +341,13 @@ constexpr void units_of_field(const schema_field& field, Sink& sink) {
                       field.size / field.unit * field.count, {}});
         else if (field.count != 0) group({tag::group, 0, field.count, {}});
         break;
-    case repetition::by_length: group({tag::sized, field.null_markers ? 1u : 0u, field.count, field.length_name}); break;
+    case repetition::by_length:
+        group({tag::sized, place_of(body, field.length_name) * 2 + (field.null_markers ? 1 : 0), field.count, {}});
+        break;
     case repetition::bits:
         // The words of a fixed number of bits are integers like any other.
         if (field.count != 0) sink.add({tag::integer, 8, field.count, {}});
-        else sink.add({tag::bitmap, 0, 1, field.length_name});
+        else sink.add({tag::bitmap, field.length_name.empty() ? 0 : 1 + place_of(body, field.length_name), 1, {}});
         break;
     case repetition::list: group({tag::list, 0, 1, {}}); break;
     case repetition::map:
@@ -345,11 +365,11 @@ constexpr void units_of(const schema& body, int version, Sink& sink) {
     using tag = wire_unit::tag;
     for (const schema_field& field : body.fields) {
         if (field.conditional) {
-            sink.add({tag::condition, 0, 0, {}});
-            units_of_field(field, sink);
+            sink.add({tag::condition, 0, 0, {}, field.condition});
+            units_of_field(body, field, sink);
             sink.add({tag::end, 0, 0, {}});
         } else if (field.since <= version) {
-            units_of_field(field, sink);
+            units_of_field(body, field, sink);
         }
     }
     for (const schema* one : body.subsections) {
@@ -395,7 +415,7 @@ private:
         mix(static_cast<std::uint64_t>(pending_.what));
         mix(pending_.size);
         mix(pending_.count);
-        // A length's name is not on the wire; a subsection's and a codec's are what tells them apart.
+        // A subsection's name is on the wire; a codec's is what tells it from another.
         if (pending_.what == wire_unit::tag::subsection || pending_.what == wire_unit::tag::custom) mix(pending_.text);
     }
 

@@ -358,7 +358,8 @@ consteval wire_form element_form() {
 
 template <class M, class A>
 consteval wire_form form_of() {
-    if constexpr (codec_fits<M, A>()) return wire_form::custom;
+    if constexpr (std::is_function_v<M>) return wire_form::none;
+    else if constexpr (codec_fits<M, A>()) return wire_form::custom;
     else if constexpr (A::bitmap_t::present) return wire_form::words;
     else if constexpr (A::length_t::present) return wire_form::sequence;
     else if constexpr (array_shape<M>::is_array) return wire_form::array;
@@ -385,10 +386,17 @@ struct element_of {
 
 // --- why not ---------------------------------------------------------------------------------------------------------
 
+/// std::function and its relatives.
+template <class>
+inline constexpr bool wraps_function = false;
+template <template <class> class Wrapper, class Result, class... Arguments>
+inline constexpr bool wraps_function<Wrapper<Result(Arguments...)>> = true;
+
 template <class E, class A, bool Alone>
 consteval refusal why_no_element() {
     using value = typename atomic_value<E>::type;
-    if constexpr (A::coded_t::present)
+    if constexpr (std::is_function_v<E>) return refusal::a_function_has_no_wire_form;
+    else if constexpr (A::coded_t::present)
         return codec_fits<E, A>() ? refusal::none : refusal::a_codec_must_model_wire_codec;
     else if constexpr (A::is_timer) return is_timer<E>() ? refusal::none : refusal::an_attribute_must_fit_its_member;
     else if constexpr (std::is_same_v<value, long double>) return refusal::long_double_has_no_wire_form;
@@ -409,7 +417,9 @@ consteval refusal why_no_element() {
         else if constexpr (pointer_shape<pointee>::is_pointer) return refusal::this_type_has_no_wire_form;
         else return why_no_element<std::remove_const_t<pointee>, A, false>();
     } else if constexpr (std::is_class_v<E>) {
-        if constexpr (!has_description<E, A>()) return refusal::a_struct_member_must_have_a_description;
+        if constexpr (!has_description<E, A>())
+            return wraps_function<E> ? refusal::a_function_has_no_wire_form
+                                     : refusal::a_struct_member_must_have_a_description;
         else if constexpr (!describes<nested<E, A>::description, E>)
             return refusal::the_description_in_as_must_describe_the_elements_type;
         else return refusal::none;
@@ -446,6 +456,21 @@ consteval refusal why_no_form() {
                          sequence_shape<M>::kind == container::unique_array)
         return refusal::a_vector_must_have_length;
     else return why_no_element<M, A, true>();
+}
+
+/// Behind a raw pointer without `limit` there is as much room as the length says before a load.
+template <class Item>
+consteval bool room_is_length() {
+    using A = typename Item::attributes;
+    using M = std::remove_const_t<typename Item::type>;
+    return (A::length_t::present || A::bitmap_t::present) && !A::limit_t::present && !array_shape<M>::is_array &&
+           sequence_shape<M>::kind == container::pointer;
+}
+/// The member that holds the length.
+template <class A>
+consteval auto length_member() {
+    if constexpr (A::length_t::present) return A::length_t::value;
+    else return A::bitmap_t::value;
 }
 
 // --- names and sizes -------------------------------------------------------------------------------------------------

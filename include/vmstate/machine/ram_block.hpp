@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// A named piece of guest memory. Depends on support/ and Linux (mmap).
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+
+#include <vmstate/support/result.hpp>
+
+namespace vmstate {
+
+/// How a block of guest memory is registered.
+struct ram_options {
+    /// How much of the memory is in use; empty for all of it. Bytes, a multiple of the guest's page size.
+    std::optional<std::uint64_t> used_length = {};
+    /// A stream may bring another used length, up to the memory's size. QEMU's ROM blobs are of this kind.
+    bool resizable = false;
+    /// Called after a stream has changed the used length.
+    std::function<void(std::uint64_t used_length)> on_resize = {};
+    /// The size of the pages that back the memory: 4096, 2 MiB, 1 GiB.
+    std::uint64_t host_page_size = 4096;
+    /// Where the guest sees the block; in the stream with the capability x-ignore-shared alone.
+    std::uint64_t guest_address = 0;
+    /// Both sides see the same memory: with x-ignore-shared its pages stay out of the stream.
+    bool shared = false;
+};
+
+namespace detail {
+
+/// Memory from the system, zero and not there until it is touched.
+class anonymous_memory {
+public:
+    static result<anonymous_memory> map(std::uint64_t size) {
+        void* const address = ::mmap(nullptr, static_cast<std::size_t>(size), PROT_READ | PROT_WRITE,
+            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (address == MAP_FAILED)
+            return error(errc::bad_ram, "a block that there is memory for", std::to_string(size) + " bytes");
+        return anonymous_memory(static_cast<std::byte*>(address), static_cast<std::size_t>(size));
+    }
+    anonymous_memory(anonymous_memory&& other) noexcept
+        : address_(std::exchange(other.address_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    anonymous_memory& operator=(anonymous_memory&&) = delete;
+    ~anonymous_memory() {
+        if (address_ != nullptr) ::munmap(address_, size_);
+    }
+    std::span<std::byte> span() const noexcept { return {address_, size_}; }
+
+private:
+    anonymous_memory(std::byte* address, std::size_t size) noexcept : address_(address), size_(size) {}
+
+    std::byte* address_;
+    std::size_t size_;
+};
+
+} // namespace detail
+
+/// A registered block.
+struct ram_block {
+    std::string name;
+    std::span<std::byte> memory;
+    std::uint64_t used_length;
+    ram_options options;
+    std::optional<detail::anonymous_memory> owned =
+        {}; ///< of a block that came with a stream and that nobody registered
+
+    std::span<std::byte> used() const noexcept { return memory.first(static_cast<std::size_t>(used_length)); }
+    std::span<std::byte> page(std::uint64_t offset, std::size_t page_size) const noexcept {
+        return memory.subspan(static_cast<std::size_t>(offset), page_size);
+    }
+};
+
+/// True when all bytes of `page` are zero.
+inline bool is_zero_page(std::span<const std::byte> page) noexcept {
+    if (page.empty()) return true;
+    // Compared with itself one byte on: vectorised by the C library, and over at the first difference.
+    return page.front() == std::byte{0} && std::memcmp(page.data(), page.data() + 1, page.size() - 1) == 0;
+}
+
+} // namespace vmstate

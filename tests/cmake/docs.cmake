@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: BSL-1.0
+# cmake -DCOMPILER= -DCOMPILER_NAME= -DFLAGS= -DPAGE=page.md -DROOT= -DOUTPUT=page.cpp -P docs.cmake
+#
+# The C++ of a page compiles. How its blocks become a file, by what is written behind the three backquotes:
+#   cpp           declarations: appended, in the page's order, at namespace scope
+#   cpp body      statements: those between two headings of the page are, in order, one function's body
+#   cpp fragment  left out; for what cannot stand alone (an excerpt, code that is refused). To be rare.
+# Each page is a file of its own, which starts with <vmstate/vmstate.hpp> and a few headers of the standard library.
+# What the compiler says has the page's own line numbers.
+include(${CMAKE_CURRENT_LIST_DIR}/judge.cmake)
+
+file(READ ${PAGE} page)
+set(declarations "")
+set(bodies "")
+set(body "")
+set(body_number 0)
+set(block "")
+set(kind "")  # of the block we are in; empty outside
+set(line_number 0)
+set(compiled 0)
+set(left_out 0)
+
+macro(end_body)
+    if(NOT body STREQUAL "")
+        math(EXPR body_number "${body_number} + 1")
+        string(APPEND bodies "[[maybe_unused]] static void page_body_${body_number}() {\n${body}}\n")
+        set(body "")
+    endif()
+endmacro()
+
+# Line by line with FIND and SUBSTRING: CMake's lists would make something of the code's semicolons and brackets.
+while(NOT page STREQUAL "")
+    math(EXPR line_number "${line_number} + 1")
+    string(FIND "${page}" "\n" end)
+    if(end EQUAL -1)
+        set(line "${page}")
+        set(page "")
+    else()
+        string(SUBSTRING "${page}" 0 ${end} line)
+        math(EXPR end "${end} + 1")
+        string(SUBSTRING "${page}" ${end} -1 page)
+    endif()
+
+    if(NOT kind STREQUAL "")
+        if(line MATCHES "^ *```+ *$")
+            if(kind STREQUAL "cpp")
+                string(APPEND declarations "${block}")
+                math(EXPR compiled "${compiled} + 1")
+            elseif(kind STREQUAL "cpp body")
+                string(APPEND body "${block}")
+                math(EXPR compiled "${compiled} + 1")
+            elseif(kind STREQUAL "cpp fragment")
+                math(EXPR left_out "${left_out} + 1")
+            elseif(kind MATCHES "^(cpp|c\\+\\+|cxx)")
+                message(FATAL_ERROR "${PAGE}:${line_number}: `${kind}` is none of: cpp, cpp body, cpp fragment")
+            endif()
+            set(kind "")
+        else()
+            string(APPEND block "${line}\n")
+        endif()
+    elseif(line MATCHES "^ *```+ *([^ `].*)$")
+        string(STRIP "${CMAKE_MATCH_1}" kind)
+        math(EXPR next "${line_number} + 1")
+        set(block "#line ${next} \"${PAGE}\"\n")
+    elseif(line MATCHES "^ *```+ *$")
+        set(kind "text")
+        set(block "")
+    elseif(line MATCHES "^#+ ")
+        end_body()
+    endif()
+endwhile()
+if(NOT kind STREQUAL "")
+    message(FATAL_ERROR "${PAGE}: its last code block has no end")
+endif()
+end_body()
+
+set(includes "")
+foreach(header vmstate describe)
+    if(EXISTS ${ROOT}/include/vmstate/${header}.hpp)
+        string(APPEND includes "#include <vmstate/${header}.hpp>\n")
+        break()
+    endif()
+endforeach()
+foreach(header array atomic cassert chrono cstddef cstdint cstdio functional iostream list map memory optional span
+        string string_view utility vector)
+    string(APPEND includes "#include <${header}>\n")
+endforeach()
+file(WRITE ${OUTPUT} "${includes}\n${declarations}\n${bodies}")
+
+message(NOTICE "${compiled} block(s) compiled with ${COMPILER_NAME}, ${left_out} fragment(s) left out")
+judge(code output ${OUTPUT})
+if(NOT code STREQUAL "0")
+    message(NOTICE "${output}")
+    message(FATAL_ERROR "${PAGE}: its code does not compile with ${COMPILER_NAME}")
+endif()

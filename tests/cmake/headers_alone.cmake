@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: BSL-1.0
+# cmake -DCOMPILER= -DCOMPILER_NAME= -DFLAGS= -DROOT=include -DROOM="directory|header ..." -DEXTRA_FLAGS= -P ...
+# Compiles each header of ROOM (of a directory itself, not of those in it) alone, and included twice.
+include(${CMAKE_CURRENT_LIST_DIR}/judge.cmake)
+separate_arguments(extra_flags UNIX_COMMAND "${EXTRA_FLAGS}")
+separate_arguments(rooms UNIX_COMMAND "${ROOM}")
+
+set(headers)
+foreach(room IN LISTS rooms)
+    if(IS_DIRECTORY ${ROOT}/${room})
+        file(GLOB found RELATIVE ${ROOT} ${ROOT}/${room}/*.hpp)
+        list(APPEND headers ${found})
+    elseif(EXISTS ${ROOT}/${room})
+        list(APPEND headers ${room})
+    endif()
+endforeach()
+if(NOT headers)
+    message(FATAL_ERROR "no header in: ${ROOM}")
+endif()
+
+set(failed 0)
+foreach(header IN LISTS headers)
+    judge(code output ${extra_flags} -include ${header} -include ${header} -x c++ /dev/null)
+    if(NOT code STREQUAL "0")
+        math(EXPR failed "${failed} + 1")
+        message(NOTICE "${header} does not compile alone with ${COMPILER_NAME} ${EXTRA_FLAGS}:\n${output}")
+    endif()
+endforeach()
+if(failed)
+    message(FATAL_ERROR "${failed} header(s) of ${ROOM}")
+endif()

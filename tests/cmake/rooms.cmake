@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSL-1.0
+# cmake -DROOT=include -P rooms.cmake
+# The rooms of include/vmstate/ depend downwards only, and the lower ones include nothing of an operating system.
+set(order support describe codec stream machine ram migration postcopy vhost_user)
+set(without_system support/error support/result support/endian describe codec)
+
+file(GLOB_RECURSE headers RELATIVE ${ROOT}/vmstate ${ROOT}/vmstate/*.hpp)
+set(wrong "")
+foreach(header IN LISTS headers)
+    file(READ ${ROOT}/vmstate/${header} text)
+    # In a list, brackets and semicolons would be more than text.
+    string(REGEX REPLACE "[][;]" "_" text "${text}")
+    string(REGEX MATCHALL "#[ \t]*include[ \t]*[<\"][^>\"\n]+[>\"]" includes "${text}")
+
+    if(header MATCHES "^([^/]+)/")
+        set(room ${CMAKE_MATCH_1})
+    else()
+        set(room "")
+    endif()
+    list(FIND order "${room}" level)
+    if(room AND level EQUAL -1)
+        string(APPEND wrong "  ${header}: ${room}/ is not a room that the design knows\n")
+    endif()
+
+    foreach(line IN LISTS includes)
+        string(REGEX REPLACE "^.*[<\"]([^>\"]+)[>\"]$" "\\1" target "${line}")
+        if(line MATCHES "\"")
+            string(APPEND wrong "  ${header}: includes \"${target}\" with quotes; <vmstate/...> is the project's way\n")
+        endif()
+        if(room AND target MATCHES "^vmstate/([^/]+)/")
+            list(FIND order ${CMAKE_MATCH_1} target_level)
+            if(target_level GREATER level)
+                string(APPEND wrong "  ${header}: includes ${target}, a room above its own\n")
+            endif()
+        elseif(room AND target MATCHES "^vmstate/[^/]+\\.hpp$" AND NOT target STREQUAL "vmstate/describe.hpp")
+            string(APPEND wrong "  ${header}: includes ${target}, which is above every room\n")
+        endif()
+        foreach(place IN LISTS without_system)
+            if(header MATCHES "^${place}[/.]"
+                    AND target MATCHES "^(sys/|linux/|asm/|unistd\\.h|fcntl\\.h|poll\\.h|signal\\.h|pthread\\.h|boost/asio)")
+                string(APPEND wrong "  ${header}: includes <${target}>, which is the operating system's\n")
+            endif()
+        endforeach()
+    endforeach()
+endforeach()
+if(wrong)
+    message(FATAL_ERROR "include/vmstate depends upwards:\n${wrong}")
+endif()

@@ -1,0 +1,17 @@
+// EXPECT: the_description_in_as_must_describe_the_elements_type
+// SPDX-License-Identifier: BSL-1.0
+#include <cstdint>
+
+#include <vmstate/describe.hpp>
+
+struct timer { std::uint64_t expiry; };
+inline constexpr auto vmstate_timer = vmstate::describe<timer>({.name = "timer"},
+    vmstate::field<&timer::expiry>);
+
+struct board { std::uint64_t clock; };
+inline constexpr auto vmstate_board = vmstate::describe<board>({.name = "board"},
+#ifndef VMSTATE_POSITIVE
+    vmstate::field<&board::clock, vmstate::as<vmstate_timer>>);
+#else
+    vmstate::field<&board::clock>);
+#endif

@@ -1,0 +1,14 @@
+// EXPECT: between_bounds_must_fit_the_members_type
+// SPDX-License-Identifier: BSL-1.0
+#include <cstdint>
+
+#include <vmstate/describe.hpp>
+
+struct uart { std::int8_t divider; };
+
+inline constexpr auto vmstate_uart = vmstate::describe<uart>({.name = "uart"},
+#ifndef VMSTATE_POSITIVE
+    vmstate::field<&uart::divider, vmstate::between<-128, 128>>);
+#else
+    vmstate::field<&uart::divider, vmstate::between<-128, 127>>);
+#endif

@@ -1,0 +1,19 @@
+// EXPECT: every_member_must_be_in_a_field_or_a_subsection_or_transient
+// SPDX-License-Identifier: BSL-1.0
+#include <cstdint>
+
+#include <vmstate/describe.hpp>
+
+struct uart { std::uint8_t divider, fifo_control, line_status; };
+bool fifo_needed(const uart& s);
+
+inline constexpr auto vmstate_uart_fifo = vmstate::describe<uart>({.name = "uart/fifo"},
+    vmstate::needed<fifo_needed>,
+    vmstate::field<&uart::fifo_control>);
+
+inline constexpr auto vmstate_uart = vmstate::describe<uart>({.name = "uart"},
+#ifdef VMSTATE_POSITIVE
+    vmstate::field<&uart::line_status>,
+#endif
+    vmstate::field<&uart::divider>,
+    vmstate::subsection<vmstate_uart_fifo>);

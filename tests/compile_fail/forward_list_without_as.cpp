@@ -1,0 +1,18 @@
+// EXPECT: a_list_or_map_must_have_as
+// SPDX-License-Identifier: BSL-1.0
+#include <cstdint>
+#include <forward_list>
+
+#include <vmstate/describe.hpp>
+
+struct request { std::uint32_t tag; };
+inline constexpr auto vmstate_request = vmstate::describe<request>({.name = "request"},
+    vmstate::field<&request::tag>);
+
+struct disk { std::forward_list<request> queue; };
+inline constexpr auto vmstate_disk = vmstate::describe<disk>({.name = "disk"},
+#ifndef VMSTATE_POSITIVE
+    vmstate::field<&disk::queue>);
+#else
+    vmstate::field<&disk::queue, vmstate::as<vmstate_request>>);
+#endif

@@ -1,0 +1,15 @@
+// EXPECT: a_function_has_no_wire_form
+// SPDX-License-Identifier: BSL-1.0
+#include <cstdint>
+
+#include <vmstate/describe.hpp>
+
+struct uart { std::uint8_t divider; void (uart::*reset)(); };
+
+inline constexpr auto vmstate_uart = vmstate::describe<uart>({.name = "uart"},
+    vmstate::field<&uart::divider>,
+#ifndef VMSTATE_POSITIVE
+    vmstate::field<&uart::reset>);
+#else
+    vmstate::transient<&uart::reset>);
+#endif

@@ -1,0 +1,14 @@
+// EXPECT: this_type_has_no_wire_form
+// SPDX-License-Identifier: BSL-1.0
+#include <cstddef>
+#include <cstdint>
+
+#include <vmstate/describe.hpp>
+
+#ifndef VMSTATE_POSITIVE
+struct uart { std::nullptr_t value; };
+inline constexpr auto vmstate_uart = vmstate::describe<uart>({.name = "uart"}, vmstate::field<&uart::value>);
+#else
+struct uart { std::uint64_t value; };
+inline constexpr auto vmstate_uart = vmstate::describe<uart>({.name = "uart"}, vmstate::field<&uart::value>);
+#endif

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: BSL-1.0
+// Pages of which only the changes were sent: a stream of a QEMU with the capability xbzrle, whose memory changed faster
+// than its pages could be sent, loads into the memory that it had at the end.
+#include "support/catch.hpp"
+#include "support/qemu.hpp"
+#include "support/qtest.hpp"
+#include "support/recorded_stream.hpp"
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <thread>
+
+using namespace vmstate::tests;
+namespace json = boost::json;
+
+TEST_CASE("a stream with XBZRLE records gives the memory that the machine had") {
+    VMSTATE_REQUIRE_QEMU();
+    constexpr std::size_t memory_size = 16 << 20;
+    constexpr std::uint64_t first = 0x200000;
+    constexpr std::uint64_t pages = 512;
+    const std::string machine = GENERATE("pc", "microvm");
+    CAPTURE(machine);
+
+    // It is we who write to its memory, from outside: QEMU 7.2 doesn't notice all that a guest writes that it emulates.
+    qtest bus;
+    qemu source({.machine = machine, .stopped = true, .arguments = bus.arguments()});
+    bus.accept();
+    const auto fill = [&](std::uint64_t at, std::uint64_t size, std::uint64_t value) {
+        bus.command("memset " + std::to_string(at) + ' ' + std::to_string(size) + ' ' + std::to_string(value & 0xff));
+    };
+    for (std::uint64_t page = 0; page < pages; ++page)
+        fill(first + page * 4096, 4096, page + 1);
+    source.execute("migrate-set-capabilities",
+        {{"capabilities", json::array{json::object{{"capability", "xbzrle"}, {"state", true}}}}});
+    // With no time to stop in, and so slow that much is new when it has sent what was new before: it goes on, round after
+    // round.
+    source.execute("migrate-set-parameters",
+        {{"max-bandwidth", 4 << 20}, {"downtime-limit", 1}, {"xbzrle-cache-size", 4 << 20}});
+
+    const auto file = source.directory() / "xbzrle.state";
+    source.execute("migrate", {{"uri", "exec:cat > " + file.string()}});
+    std::int64_t encoded = 0;
+    std::uint64_t value = 0;
+    while (encoded < 200) {
+        // A quarter of each page changes, and a few bytes of some; one page changes whole, and is zero at times.
+        ++value;
+        for (std::uint64_t page = 0; page < pages; ++page) {
+            fill(first + page * 4096 + (value * 40 + page * 8) % 3072, 1024, value * 3 + page);
+            if (page % 16 == 5)
+                bus.writeq(first + page * 4096 + 4088, value * 0x9e3779b97f4a7c15);
+        }
+        fill(first + 7 * 4096, 4096, value % 3 * 0x55);
+        const json::object state = source.execute("query-migrate").as_object();
+        REQUIRE(state.at("status").as_string() != "completed");
+        REQUIRE(state.at("status").as_string() != "failed");
+        if (const auto* cache = state.if_contains("xbzrle-cache"))
+            encoded = cache->as_object().at("pages").to_number<std::int64_t>();
+    }
+    source.execute("migrate-set-parameters", {{"max-bandwidth", std::int64_t{1} << 30}});
+    for (std::string status; status != "completed";) {
+        status = source.execute("query-migrate").as_object().at("status").as_string();
+        REQUIRE(status != "failed");
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    const auto memory = source.memory(0, memory_size);
+
+    const recorded_stream stream(read_file(file));
+    REQUIRE(stream.pages.count(vmstate::ram_record_kind::xbzrle) == 1);
+    CHECK(stream.pages.at(vmstate::ram_record_kind::xbzrle) >= 200);
+    CHECK(stream.pages.at(vmstate::ram_record_kind::page) >= pages - 1); // whole once before its changes are sent
+    replica ours(stream);
+    const auto loaded = ours.load(stream.bytes);
+    REQUIRE((loaded ? "" : loaded.error().message()) == "");
+    const std::span<const std::byte> block(ours.memory.at(stream.blocks.front().name));
+    CHECK(difference(std::span(memory).first(0xa0000), block.first(0xa0000)) == "");
+    CHECK(difference(std::span(memory).subspan(0x100000), block.subspan(0x100000)) == "");
+
+    // Written again, in plain pages, it is the same machine to QEMU.
+    const auto saved = ours.save();
+    REQUIRE((saved ? "" : saved.error().message()) == "");
+    const auto plain = source.directory() / "plain.state";
+    write_file(plain, *saved);
+    qemu destination({.machine = machine, .incoming_file = plain, .stopped = true});
+    const auto incoming = destination.wait_incoming();
+    REQUIRE(incoming.error == "");
+    CHECK(difference(memory, destination.memory(0, memory_size)) == "");
+}
