@@ -35,9 +35,9 @@ struct codec {
 
 struct device {
     std::uint8_t count = 2;
-    std::vector<std::uint32_t> values{3, 4};
+    std::vector<std::uint32_t> values = std::vector<std::uint32_t>(2, 3);
     part whole;
-    std::list<part> queue{part{}};
+    std::list<part> queue = std::list<part>(1);
     std::uint32_t coded = 5;
     bool extended = true;
     std::uint8_t extra = 6;
