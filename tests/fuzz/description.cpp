@@ -34,14 +34,10 @@ struct point {
 };
 bool mark_needed(const point& p) { return p.mark != 0; }
 void point_pre_load(point& p) { p.mark = 0; }
-constexpr auto vmstate_point_mark = describe<point>(
-    {.name = "point/mark", .version_id = 1}, needed<mark_needed>, field<&point::mark>);
-constexpr auto vmstate_point = describe<point>(
-    {.name = "point", .version_id = 2, .minimum_version_id = 0},
-    pre_load<point_pre_load>,
-    field<&point::x>,
-    field<&point::y, since<2>>,
-    subsection<vmstate_point_mark>);
+constexpr auto vmstate_point_mark =
+    describe<point>({.name = "point/mark", .version_id = 1}, needed<mark_needed>, field<&point::mark>);
+constexpr auto vmstate_point = describe<point>({.name = "point", .version_id = 2, .minimum_version_id = 0},
+    pre_load<point_pre_load>, field<&point::x>, field<&point::y, since<2>>, subsection<vmstate_point_mark>);
 
 /// Has no subsections, so that arrays of it are all of one size.
 struct pair {
@@ -64,7 +60,8 @@ struct bcd_codec {
     static result<void> load(reader& r, bcd& v) {
         const unsigned byte = r.get_u8();
         if (r.failed()) return r.status();
-        if (byte >> 4 > 9 || (byte & 15) > 9) return error(errc::hook_failed, "two decimal digits", std::to_string(byte));
+        if (byte >> 4 > 9 || (byte & 15) > 9)
+            return error(errc::hook_failed, "two decimal digits", std::to_string(byte));
         v.digits = static_cast<std::uint8_t>((byte >> 4) * 10 + (byte & 15));
         return {};
     }
@@ -161,72 +158,41 @@ public:
 private:
     everything& parent_;
 };
-constexpr auto vmstate_wire_clock = describe<wire_clock>(
-    {.name = "wire-clock"}, pre_save<&wire_clock::pre_save>, post_load<&wire_clock::post_load>, field<&wire_clock::divider>);
+constexpr auto vmstate_wire_clock = describe<wire_clock>({.name = "wire-clock"},
+    pre_save<&wire_clock::pre_save>, post_load<&wire_clock::post_load>, field<&wire_clock::divider>);
 
 constexpr auto vmstate_late = describe<everything>(
-    {.name = "everything/extra/late", .version_id = 3, .minimum_version_id = 1},
-    needed<late_needed>,
-    field<&everything::late_count>,
-    field<&everything::late, length<&everything::late_count>>);
-constexpr auto vmstate_extra = describe<everything>(
-    {.name = "everything/extra", .version_id = 1},
-    needed<extra_needed>,
-    field<&everything::extra>,
-    subsection<vmstate_late>);
+    {.name = "everything/extra/late", .version_id = 3, .minimum_version_id = 1}, needed<late_needed>,
+    field<&everything::late_count>, field<&everything::late, length<&everything::late_count>>);
+constexpr auto vmstate_extra = describe<everything>({.name = "everything/extra", .version_id = 1},
+    needed<extra_needed>, field<&everything::extra>, subsection<vmstate_late>);
 
-constexpr auto vmstate_everything = describe<everything>(
-    {.name = "everything", .version_id = 3, .minimum_version_id = 1},
-    load_old<load_ancient, 0>,
-    pre_load<everything_pre_load>,
-    post_load<everything_post_load>,
-    field<&everything::flag>,
-    field<&everything::s8>,
-    field<&everything::u16>,
-    field<&everything::s32>,
-    field<&everything::u64, since<2>>,
-    field<&everything::atomic>,
-    field<&everything::real>,
-    field<&everything::state>,
-    field<&everything::configured, equal>,
-    field<&everything::used, at_most_current>,
-    field<&everything::bounded, between<-3, 300>>,
-    field<&everything::coded_number, coded<bcd_codec>>,
-    validate<"s8 is not 127", is_consistent>,
-    field<&everything::table>,
-    field<&everything::wide>,
-    field<&everything::buffer, slice<4, 8>>,
-    field<&everything::count8>,
-    field<&everything::count16>,
-    field<&everything::count32>,
-    field<&everything::fixed, length<&everything::count8>>,
-    field<&everything::values, length<&everything::count32>, multiply<2>>,
-    field<&everything::bytes, length<&everything::count16>>,
-    field<&everything::owned, length<&everything::count8>, limit<100>>,
-    field<&everything::pairs, as<vmstate_pair>, length<&everything::count16>>,
-    field<&everything::points, as<vmstate_point>, length<&everything::count8>, since<2>>,
-    field<&everything::origin, as<vmstate_point>>,
-    field<&everything::corners, as<vmstate_point, 1>>,
-    field<&everything::versioned, as<vmstate_pair>, since<3>>,
-    field<&everything::far, as<vmstate_point>>,
-    field<&everything::some, as<vmstate_pair>>,
-    field<&everything::set>,
-    field<&everything::flags>,
-    field<&everything::bits>,
-    field<&everything::words, bitmap<&everything::bits>>,
-    field<&everything::expiry, as_timer>,
-    field<&everything::maybe, as_timer>,
-    field<&everything::delay>,
-    field<&everything::queue, as<vmstate_pair>>,
-    field<&everything::deque, as<vmstate_pair>>,
-    field<&everything::chain, as<vmstate_pair>>,
-    field<&everything::tree, as<vmstate_pair>>,
-    field<&everything::keyed, as<vmstate_pair>, key_as<vmstate_pair>>,
-    unused<5>,
-    field<&everything::odd, when<odd_there>>,
-    transient<&everything::baud>,
-    with_temporary<vmstate_wire_clock>,
-    subsection<vmstate_extra>);
+constexpr auto vmstate_everything =
+    describe<everything>({.name = "everything", .version_id = 3, .minimum_version_id = 1},
+        load_old<load_ancient, 0>, pre_load<everything_pre_load>, post_load<everything_post_load>,
+        field<&everything::flag>, field<&everything::s8>, field<&everything::u16>, field<&everything::s32>,
+        field<&everything::u64, since<2>>, field<&everything::atomic>, field<&everything::real>,
+        field<&everything::state>, field<&everything::configured, equal>,
+        field<&everything::used, at_most_current>, field<&everything::bounded, between<-3, 300>>,
+        field<&everything::coded_number, coded<bcd_codec>>, validate<"s8 is not 127", is_consistent>,
+        field<&everything::table>, field<&everything::wide>, field<&everything::buffer, slice<4, 8>>,
+        field<&everything::count8>, field<&everything::count16>, field<&everything::count32>,
+        field<&everything::fixed, length<&everything::count8>>,
+        field<&everything::values, length<&everything::count32>, multiply<2>>,
+        field<&everything::bytes, length<&everything::count16>>,
+        field<&everything::owned, length<&everything::count8>, limit<100>>,
+        field<&everything::pairs, as<vmstate_pair>, length<&everything::count16>>,
+        field<&everything::points, as<vmstate_point>, length<&everything::count8>, since<2>>,
+        field<&everything::origin, as<vmstate_point>>, field<&everything::corners, as<vmstate_point, 1>>,
+        field<&everything::versioned, as<vmstate_pair>, since<3>>, field<&everything::far, as<vmstate_point>>,
+        field<&everything::some, as<vmstate_pair>>, field<&everything::set>, field<&everything::flags>,
+        field<&everything::bits>, field<&everything::words, bitmap<&everything::bits>>,
+        field<&everything::expiry, as_timer>, field<&everything::maybe, as_timer>, field<&everything::delay>,
+        field<&everything::queue, as<vmstate_pair>>, field<&everything::deque, as<vmstate_pair>>,
+        field<&everything::chain, as<vmstate_pair>>, field<&everything::tree, as<vmstate_pair>>,
+        field<&everything::keyed, as<vmstate_pair>, key_as<vmstate_pair>>, unused<5>,
+        field<&everything::odd, when<odd_there>>, transient<&everything::baud>,
+        with_temporary<vmstate_wire_clock>, subsection<vmstate_extra>);
 
 void prepare(everything& s) {
     s.far = std::make_unique<point>();
@@ -271,7 +237,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const auto outcome = from_bytes<vmstate_everything>(body, first, version_id);
     if (!outcome) {
         // An error says what, and where in the description.
-        if (outcome.error().code() == errc::ok || !outcome.error().path().starts_with("everything")) std::abort();
+        if (outcome.error().code() == errc::ok || !outcome.error().path().starts_with("everything"))
+            std::abort();
         return 0;
     }
     // `at_most_current` measures against what is there.

@@ -20,9 +20,13 @@ namespace {
 /// A machine with all devices that its kind can have, and two blocks of memory.
 struct subject {
     explicit subject(std::string_view type)
-        : devices(pc_devices::machine_kind_of(type)), main_memory(8192), rom(4096), machine({.name = std::string(type)}) {
+        : devices(pc_devices::machine_kind_of(type))
+        , main_memory(8192)
+        , rom(4096)
+        , machine({.name = std::string(type)}) {
         pc_devices::global_state_store(devices.globalstate, pc_devices::run_state::prelaunch);
-        if (!devices.register_with(machine) || !machine.add_ram(type == "microvm" ? "microvm.ram" : "pc.ram", main_memory) ||
+        if (!devices.register_with(machine) ||
+            !machine.add_ram(type == "microvm" ? "microvm.ram" : "pc.ram", main_memory) ||
             !machine.add_ram("pc.bios", rom, {.used_length = 4096, .resizable = true}))
             std::abort();
     }
@@ -45,16 +49,14 @@ bool load(subject& into, std::span<const std::byte> stream) {
 
 std::vector<std::byte> save(subject& from) {
     vmstate::vector_writer out;
-    if (!vmstate::save(from.machine, out))
-        std::abort();
+    if (!vmstate::save(from.machine, out)) std::abort();
     return out.take();
 }
 
 std::string_view type_in(std::span<const std::byte> stream) {
     const std::string_view text(reinterpret_cast<const char*>(stream.data()), stream.size());
     for (const std::string_view type : {"microvm", "isapc", "pc-q35-7.2"})
-        if (text.size() > 13 && text.substr(13).starts_with(type))
-            return type;
+        if (text.size() > 13 && text.substr(13).starts_with(type)) return type;
     return "pc-i440fx-7.2";
 }
 
@@ -64,11 +66,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const auto stream = std::as_bytes(std::span(data, size));
     const std::string_view type = type_in(stream);
     subject first(type);
-    if (!load(first, stream))
-        return 0;
+    if (!load(first, stream)) return 0;
     const std::vector<std::byte> saved = save(first);
     subject second(type);
-    if (!load(second, saved) || save(second) != saved)
-        std::abort();
+    if (!load(second, saved) || save(second) != saved) std::abort();
     return 0;
 }

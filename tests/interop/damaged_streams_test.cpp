@@ -29,8 +29,7 @@ void* counted_allocation(std::size_t size) noexcept {
     return std::malloc(size == 0 ? 1 : size);
 }
 void* counted_allocation_or_throw(std::size_t size) {
-    if (void* memory = counted_allocation(size))
-        return memory;
+    if (void* memory = counted_allocation(size)) return memory;
     throw std::bad_alloc();
 }
 
@@ -81,7 +80,9 @@ const std::vector<specimen>& specimens() {
 }
 
 const recorded_stream& of_machine(const std::string& name) {
-    return std::find_if(specimens().begin(), specimens().end(), [&](const specimen& one) { return one.name == name; })->stream;
+    return std::find_if(specimens().begin(), specimens().end(), [&](const specimen& one) {
+        return one.name == name;
+    })->stream;
 }
 
 // ---- one load ---------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ public:
             ++tally_.errors;
             return complaint_about(outcome.error(), stream.size());
         }
-        return resave_ ? complaint_about_saving(machine) : "";
+        return resave_ ? complaint_about_saving(machine, own_description || tally_.loads % 32 == 0) : "";
     }
     /// Whether what was loaded is also saved and loaded again.
     void resave(bool on) { resave_ = on; }
@@ -126,28 +127,23 @@ public:
 
 private:
     static std::string complaint_about(const vmstate::error& failure, std::size_t size) {
-        if (failure.code() == errc::ok)
-            return "an error without a code";
-        if (failure.path().empty())
-            return "an error without a path: " + failure.message();
+        if (failure.code() == errc::ok) return "an error without a code";
+        if (failure.path().empty()) return "an error without a path: " + failure.message();
         if (failure.offset() == vmstate::error::no_offset)
             return "an error without an offset: " + failure.message();
-        if (failure.offset() > size)
-            return "an error behind the end: " + failure.message();
+        if (failure.offset() > size) return "an error behind the end: " + failure.message();
         return {};
     }
-    std::string complaint_about_saving(replica& machine) const {
+    /// To read the description anew takes longer than all the rest; where it is the stream's, now and then is enough.
+    std::string complaint_about_saving(replica& machine, bool own_description) const {
         const auto saved = machine.save();
-        if (!saved)
-            return "what was loaded can't be saved: " + saved.error().message();
+        if (!saved) return "what was loaded can't be saved: " + saved.error().message();
         replica again(original_);
-        // To read the description anew takes longer than all the rest: now and then is enough.
-        const bool own_description = tally_.loads % 32 == 0;
-        if (const auto outcome = again.load(*saved, own_description ? nullptr : &original_.description); !outcome)
+        if (const auto outcome = again.load(*saved, own_description ? nullptr : &original_.description);
+            !outcome)
             return "what was saved can't be loaded: " + outcome.error().message();
         const auto twice = again.save();
-        if (!twice)
-            return "what was loaded again can't be saved: " + twice.error().message();
+        if (!twice) return "what was loaded again can't be saved: " + twice.error().message();
         return *twice == *saved ? "" : "what is saved is not what was loaded";
     }
 
@@ -158,7 +154,8 @@ private:
 
 void check_no_memory_hog(const victim& machine) {
     INFO(machine.counts().loads << " loads, " << machine.counts().errors << " errors; at most "
-                                << machine.counts().largest_request << " bytes at once, " << machine.counts().most_in_all << " in all");
+                                << machine.counts().largest_request << " bytes at once, "
+                                << machine.counts().most_in_all << " in all");
     CHECK(machine.counts().loads > 0);
     CHECK(machine.counts().errors > 0);
 }
@@ -174,12 +171,16 @@ public:
 
     void value(const vmstate::vmdesc_value& found) override {
         using kind = vmstate::vmdesc_kind;
-        if (found.kind == kind::buffer || found.kind == kind::unused || found.kind == kind::opaque || found.kind == kind::bitmap)
+        if (found.kind == kind::buffer || found.kind == kind::unused || found.kind == kind::opaque ||
+            found.kind == kind::bitmap)
             return;
         for (std::size_t i = 0; i < found.count(); ++i)
-            places.push_back({found.offset + i * found.element_size(), found.element_size()});
+            if (i < 4 || i + 1 == found.count()) // of a long array some elements
+                places.push_back({found.offset + i * found.element_size(), found.element_size()});
     }
-    void begin_list(const vmstate::vmdesc_field&, std::uint64_t, std::uint64_t offset) override { places.push_back({offset, 1}); }
+    void begin_list(const vmstate::vmdesc_field&, std::uint64_t, std::uint64_t offset) override {
+        places.push_back({offset, 1});
+    }
     void begin_subsection(const vmstate::vmdesc_body& body, std::uint64_t offset) override {
         places.push_back({offset, 1});
         places.push_back({offset + 1, 1});
@@ -190,15 +191,15 @@ public:
 std::vector<integers_of_a_body::place> integers_of(const recorded_stream& stream) {
     integers_of_a_body found;
     auto& places = found.places;
-    places.push_back({9, 4});                            // length of the machine's name
-    places.push_back({stream.location.offset - 4, 4});   // length of the description
+    places.push_back({9, 4});                          // length of the machine's name
+    places.push_back({stream.location.offset - 4, 4}); // length of the description
     for (const recorded_section& section : stream.sections) {
         const auto& header = section.header;
         places.push_back({header.offset, 1});
-        places.push_back({header.offset + 1, 4});                          // section id
-        places.push_back({header.offset + 5, 1});                          // length of the name
-        places.push_back({header.offset + 6 + header.idstr.size(), 4});    // instance
-        places.push_back({header.offset + 10 + header.idstr.size(), 4});   // version
+        places.push_back({header.offset + 1, 4});                            // section id
+        places.push_back({header.offset + 5, 1});                            // length of the name
+        places.push_back({header.offset + 6 + header.idstr.size(), 4});      // instance
+        places.push_back({header.offset + 10 + header.idstr.size(), 4});     // version
         places.push_back({header.body_offset + section.body.size() + 1, 4}); // the footer's id
         vmstate::memory_reader in(section.body, header.body_offset);
         if (section.description == nullptr || !vmstate::walk_body(*section.description, in, found))
@@ -232,7 +233,8 @@ TEST_CASE("every strict prefix of the sections is an error that says where the s
     for (std::size_t size = 0; size <= stream.end_of_sections; ++size) {
         const auto errors = machine.counts().errors;
         // A buffer of its own size, so that a sanitizer sees the first byte behind it.
-        const std::vector<std::byte> prefix(stream.bytes.begin(), stream.bytes.begin() + static_cast<std::ptrdiff_t>(size));
+        const std::vector<std::byte> prefix(
+            stream.bytes.begin(), stream.bytes.begin() + static_cast<std::ptrdiff_t>(size));
         const std::string complaint = machine.load(prefix);
         if (complaint != "" || machine.counts().errors != errors + 1) {
             CAPTURE(size);
@@ -246,15 +248,17 @@ TEST_CASE("every prefix that ends in the description, too") {
     VMSTATE_REQUIRE_QEMU();
     const recorded_stream& stream = of_machine("microvm");
     victim machine(stream);
-    for (std::size_t size = static_cast<std::size_t>(stream.end_of_sections); size < stream.bytes.size(); size += 61) {
+    for (std::size_t size = static_cast<std::size_t>(stream.end_of_sections); size < stream.bytes.size();
+         size += 61) {
         CAPTURE(size);
-        const std::vector<std::byte> prefix(stream.bytes.begin(), stream.bytes.begin() + static_cast<std::ptrdiff_t>(size));
+        const std::vector<std::byte> prefix(
+            stream.bytes.begin(), stream.bytes.begin() + static_cast<std::ptrdiff_t>(size));
         REQUIRE(machine.load(prefix, true) == "");
     }
     check_no_memory_hog(machine);
 }
 
-TEST_CASE("every flipped bit and every flipped byte of the sections") {
+TEST_CASE("flipped bits and bytes, one at a time, everywhere in the sections") {
     VMSTATE_REQUIRE_QEMU();
     const std::string name = GENERATE("microvm", "pc");
     CAPTURE(name);
@@ -263,12 +267,13 @@ TEST_CASE("every flipped bit and every flipped byte of the sections") {
     std::vector<std::byte> damaged = stream.bytes;
     for (std::size_t at = 0; at <= stream.end_of_sections; ++at) {
         // Inside a page of memory one byte is as good as another.
-        if (at > stream.ram.begin + 256 && at + 256 < stream.ram.end && at % 97 != 0)
-            continue;
+        if (at > stream.ram.begin + 256 && at + 256 < stream.ram.end && at % 97 != 0) continue;
         for (unsigned bit = 0; bit <= 8; ++bit) {
+            // Of the longer stream two bits of each byte, all of them in turn, and the byte as a whole.
+            if (name == "pc" && bit != 8 && bit != at % 8 && bit != (at + 3) % 8) continue;
             const auto mask = static_cast<std::byte>(bit == 8 ? 0xff : 1u << bit);
             damaged[at] = stream.bytes[at] ^ mask;
-            machine.resave(bit == at % 9); // a ninth of them, all bits in turn: it takes three times as long
+            machine.resave(bit == at % 8); // not all of them: it takes three times as long
             const std::string complaint = machine.load(damaged);
             if (complaint != "") {
                 CAPTURE(at, std::to_integer<int>(mask));
@@ -308,6 +313,7 @@ TEST_CASE("every length, and every other number, at its largest") {
         const auto first = damaged.begin() + static_cast<std::ptrdiff_t>(place.offset);
         const auto last = first + static_cast<std::ptrdiff_t>(place.size);
         for (const unsigned top : {0xffu, 0x7fu, 0x80u}) { // unsigned, signed, most negative
+            machine.resave(top == 0x7f);
             std::fill(first, last, top == 0x80 ? std::byte{0} : std::byte{0xff});
             *first = static_cast<std::byte>(top);
             const std::string complaint = machine.load(damaged);

@@ -31,7 +31,8 @@ struct value {
     std::vector<std::pair<std::string, value>> members; // of an object; of an array, without names
 
     const value* find(std::string_view key) const {
-        const auto found = std::find_if(members.begin(), members.end(), [&](const auto& member) { return member.first == key; });
+        const auto found = std::find_if(
+            members.begin(), members.end(), [&](const auto& member) { return member.first == key; });
         return found == members.end() ? nullptr : &found->second;
     }
     std::vector<std::string> keys() const {
@@ -50,8 +51,7 @@ public:
     value read_all() {
         value all = read();
         blank();
-        if (at_ != text_.size())
-            fail("something behind the end");
+        if (at_ != text_.size()) fail("something behind the end");
         return all;
     }
 
@@ -60,13 +60,18 @@ private:
         blank();
         value result;
         switch (peek()) {
-        case '{': result.is = value::kind::object; break;
-        case '[': result.is = value::kind::array; break;
+        case '{':
+            result.is = value::kind::object;
+            break;
+        case '[':
+            result.is = value::kind::array;
+            break;
         case '"':
             result.is = value::kind::text;
             result.text = read_text();
             return result;
-        default: return read_number();
+        default:
+            return read_number();
         }
         const char end = next() == '{' ? '}' : ']';
         for (blank(); peek() != end;) {
@@ -78,12 +83,10 @@ private:
             }
             result.members.emplace_back(std::move(name), read());
             blank();
-            if (peek() == end)
-                break;
+            if (peek() == end) break;
             expect(',');
             blank();
-            if (peek() == end)
-                fail("a comma at the end");
+            if (peek() == end) fail("a comma at the end");
         }
         next();
         return result;
@@ -102,14 +105,11 @@ private:
     value read_number() {
         value result;
         const bool negative = peek() == '-';
-        if (negative)
-            next();
-        if (std::isdigit(static_cast<unsigned char>(peek())) == 0)
-            fail("no value");
+        if (negative) next();
+        if (std::isdigit(static_cast<unsigned char>(peek())) == 0) fail("no value");
         while (at_ < text_.size() && std::isdigit(static_cast<unsigned char>(text_[at_])) != 0)
             result.number = result.number * 10 + (next() - '0');
-        if (negative)
-            result.number = -result.number;
+        if (negative) result.number = -result.number;
         return result;
     }
     void blank() {
@@ -117,8 +117,7 @@ private:
             ++at_;
     }
     char peek() {
-        if (at_ == text_.size())
-            fail("the end");
+        if (at_ == text_.size()) fail("the end");
         return text_[at_];
     }
     char next() {
@@ -128,8 +127,7 @@ private:
     }
     void expect(char c) {
         blank();
-        if (next() != c)
-            fail(std::string("no ") + c);
+        if (next() != c) fail(std::string("no ") + c);
     }
     [[noreturn]] void fail(const std::string& what) const {
         throw std::runtime_error("JSON, at " + std::to_string(at_) + ": " + what);
@@ -157,7 +155,8 @@ struct entry {
     friend bool operator==(const entry&, const entry&) = default;
 };
 std::ostream& operator<<(std::ostream& out, const entry& e) {
-    return out << e.path << ' ' << e.type << " size " << e.size << " array_len " << e.array_len << " index " << e.index;
+    return out << e.path << ' ' << e.type << " size " << e.size << " array_len " << e.array_len << " index "
+               << e.index;
 }
 
 /// One device's object held to the rules, and taken apart.
@@ -171,7 +170,8 @@ public:
         number(device_, "instance_id");
         if (device_.find("vmsd_name") == nullptr) {
             // An old-style function: nothing but its size, twice.
-            require(device_.keys() == std::vector<std::string>{"name", "instance_id", "size", "fields"}, "keys of an old-style device");
+            require(device_.keys() == std::vector<std::string>{"name", "instance_id", "size", "fields"},
+                "keys of an old-style device");
             const value& fields = member(device_, "fields", value::kind::array);
             require(fields.members.size() == 1, "one field");
             const value& field = fields.members.front().second;
@@ -179,7 +179,8 @@ public:
             require(number(field, "size") == number(device_, "size"), "one size");
             return number(device_, "size");
         }
-        require(device_.members.at(0).first == "name" && device_.members.at(1).first == "instance_id", "name and instance first");
+        require(device_.members.at(0).first == "name" && device_.members.at(1).first == "instance_id",
+            "name and instance first");
         std::size_t at = 2;
         const std::int64_t size = check_body(device_, at);
         require(at == device_.members.size(), "nothing behind the body");
@@ -189,16 +190,19 @@ public:
 
 private:
     void require(bool holds, const std::string& rule) const {
-        if (!holds)
-            throw broken_rule(path_ + ": " + rule);
+        if (!holds) throw broken_rule(path_ + ": " + rule);
     }
     const value& member(const value& object, std::string_view key, value::kind is) const {
         const value* found = object.find(key);
         require(found != nullptr && found->is == is, "key " + std::string(key));
         return *found;
     }
-    const std::string& text(const value& object, std::string_view key) const { return member(object, key, value::kind::text).text; }
-    std::int64_t number(const value& object, std::string_view key) const { return member(object, key, value::kind::number).number; }
+    const std::string& text(const value& object, std::string_view key) const {
+        return member(object, key, value::kind::text).text;
+    }
+    std::int64_t number(const value& object, std::string_view key) const {
+        return member(object, key, value::kind::number).number;
+    }
 
     /// vmsd_name, version, fields, subsections: from member `at` on, which is moved behind them.
     std::int64_t check_body(const value& object, std::size_t& at) {
@@ -219,7 +223,8 @@ private:
             for (const auto& [none, subsection] : subsections.members) {
                 require(subsection.is == value::kind::object, "a subsection's object");
                 const std::string& name = text(subsection, "vmsd_name");
-                require(name.starts_with(vmsd_name) && name != vmsd_name, "a subsection's name begins with its parent's");
+                require(name.starts_with(vmsd_name) && name != vmsd_name,
+                    "a subsection's name begins with its parent's");
                 const std::string above = path_;
                 path_ += "/:" + name;
                 std::size_t inside = 0;
@@ -249,7 +254,8 @@ private:
                 if (const auto bracket = name.find('['); bracket != std::string::npos && name.back() == ']') {
                     const std::string base = name.substr(0, bracket);
                     const std::int64_t k = std::stoll(name.substr(bracket + 1));
-                    require(name == base + '[' + std::to_string(k) + ']' && k >= next_number[base], "repeated names are numbered in order");
+                    require(name == base + '[' + std::to_string(k) + ']' && k >= next_number[base],
+                        "repeated names are numbered in order");
                     next_number[base] = k + 1;
                 }
             }
@@ -301,17 +307,18 @@ private:
         } else if (width != 0) {
             require(e.size == width, "the type's width");
         }
-        require(field.members.at(at).first == "size" && at + 1 == field.members.size(), "size last, of " + name);
+        require(
+            field.members.at(at).first == "size" && at + 1 == field.members.size(), "size last, of " + name);
         return e.size * e.array_len;
     }
 
     /// Bytes of those types that always have as many; else 0.
     static std::int64_t width_of(std::string type) {
         for (const char* rule : {" equal", " le"})
-            if (type.ends_with(rule))
-                type.resize(type.size() - std::string_view(rule).size());
-        static const std::map<std::string, std::int64_t> widths{{"bool", 1}, {"int8", 1}, {"uint8", 1}, {"int16", 2},
-            {"uint16", 2}, {"int32", 4}, {"uint32", 4}, {"int64", 8}, {"uint64", 8}, {"timer", 8}, {"CPU_Double_U", 8}};
+            if (type.ends_with(rule)) type.resize(type.size() - std::string_view(rule).size());
+        static const std::map<std::string, std::int64_t> widths{{"bool", 1}, {"int8", 1}, {"uint8", 1},
+            {"int16", 2}, {"uint16", 2}, {"int32", 4}, {"uint32", 4}, {"int64", 8}, {"uint64", 8},
+            {"timer", 8}, {"CPU_Double_U", 8}};
         const auto found = widths.find(type);
         return found == widths.end() ? 0 : found->second;
     }
@@ -340,8 +347,9 @@ std::vector<checked_device> check_description(std::string_view text, const recor
         description_checker checker(device);
         const std::int64_t size = checker.check();
         const value* vmsd_name = device.find("vmsd_name");
-        devices.push_back({device.find("name")->text, device.find("instance_id")->number, size, checker.entries(),
-            vmsd_name != nullptr ? vmsd_name->text : "", vmsd_name != nullptr ? device.find("version")->number : -1});
+        devices.push_back({device.find("name")->text, device.find("instance_id")->number, size,
+            checker.entries(), vmsd_name != nullptr ? vmsd_name->text : "",
+            vmsd_name != nullptr ? device.find("version")->number : -1});
     }
     REQUIRE(devices.size() == stream.sections.size());
     for (std::size_t i = 0; i < devices.size(); ++i) {
@@ -358,9 +366,10 @@ std::vector<checked_device> check_description(std::string_view text, const recor
 std::string file_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
 recorded_stream recorded(const std::string& machine, bool programmed) {
-    qemu source({.machine = machine, .rom = programmed ? guest_rom("devices") : std::filesystem::path(), .stopped = !programmed});
-    if (programmed)
-        source.wait_serial("READY\n");
+    qemu source({.machine = machine,
+        .rom = programmed ? guest_rom("devices") : std::filesystem::path(),
+        .stopped = !programmed});
+    if (programmed) source.wait_serial("READY\n");
     return record(source);
 }
 
@@ -373,17 +382,30 @@ TEST_CASE("the checker finds what is wrong") {
     };
     const std::string head = R"({"name": "d", "instance_id": 0, "vmsd_name": "d", "version": 1, )";
     const std::string u8 = R"({"name": "a", "type": "uint8", "size": 1})";
-    CHECK(check(head + R"("fields": [)" + u8 + R"(, {"name": "b", "array_len": 3, "type": "uint16", "size": 2}]})") == 7);
-    CHECK(check(head + R"("fields": [], "subsections": [{"vmsd_name": "d/s", "version": 1, "fields": [)" + u8 + "]}]}") == 10);
+    CHECK(check(head + R"("fields": [)" + u8 +
+                R"(, {"name": "b", "array_len": 3, "type": "uint16", "size": 2}]})") == 7);
+    CHECK(check(head + R"("fields": [], "subsections": [{"vmsd_name": "d/s", "version": 1, "fields": [)" +
+                u8 + "]}]}") == 10);
     CHECK_THROWS_AS(check(head + R"("fields": [)" + u8 + ", " + u8 + "]}"), broken_rule);
     CHECK_THROWS_AS(check(head + R"("fields": [{"name": "a", "type": "uint8", "size": 2}]})"), broken_rule);
-    CHECK_THROWS_AS(check(head + R"("fields": [{"name": "a", "array_len": 1, "type": "uint8", "size": 1}]})"), broken_rule);
-    CHECK_THROWS_AS(check(head + R"("fields": [{"name": "a", "index": 1, "type": "uint8", "size": 1}]})"), broken_rule);
-    CHECK_THROWS_AS(check(head + R"("fields": [{"name": "a[1]", "type": "uint8", "size": 1}, {"name": "a[0]", "type": "uint8", "size": 1}]})"),
+    CHECK_THROWS_AS(check(head + R"("fields": [{"name": "a", "array_len": 1, "type": "uint8", "size": 1}]})"),
         broken_rule);
-    CHECK_THROWS_AS(check(head + R"("fields": [{"name": "a", "type": "struct", "struct": {"vmsd_name": "n", "version": 1, "fields": [)" +
-                        u8 + R"(]}, "size": 2}]})"), broken_rule);
-    CHECK_THROWS_AS(check(head + R"("fields": [], "subsections": [{"vmsd_name": "e", "version": 1, "fields": []}]})"), broken_rule);
+    CHECK_THROWS_AS(
+        check(head + R"("fields": [{"name": "a", "index": 1, "type": "uint8", "size": 1}]})"), broken_rule);
+    CHECK_THROWS_AS(
+        check(
+            head +
+            R"("fields": [{"name": "a[1]", "type": "uint8", "size": 1}, {"name": "a[0]", "type": "uint8", "size": 1}]})"),
+        broken_rule);
+    CHECK_THROWS_AS(
+        check(
+            head +
+            R"("fields": [{"name": "a", "type": "struct", "struct": {"vmsd_name": "n", "version": 1, "fields": [)" +
+            u8 + R"(]}, "size": 2}]})"),
+        broken_rule);
+    CHECK_THROWS_AS(
+        check(head + R"("fields": [], "subsections": [{"vmsd_name": "e", "version": 1, "fields": []}]})"),
+        broken_rule);
     CHECK_THROWS_AS(json_reader("{\"a\": 1,}").read_all(), std::runtime_error);
 }
 
@@ -391,8 +413,7 @@ TEST_CASE("our description is QEMU's, entry by entry") {
     VMSTATE_REQUIRE_QEMU();
     const std::string machine = GENERATE("pc", "q35", "isapc", "microvm", "none");
     const bool programmed = GENERATE(false, true);
-    if (machine == "none" && programmed)
-        return;
+    if (machine == "none" && programmed) return;
     CAPTURE(machine, programmed);
     const recorded_stream original = recorded(machine, programmed);
     const auto theirs = check_description(original.json(), original);
@@ -417,12 +438,14 @@ TEST_CASE("our description is QEMU's, entry by entry") {
             entry mine = written[i].entries[k];
             const entry& other = theirs[i].entries[k];
             if (mine.path != other.path) {
-                renamed.insert(written[i].name + ": " + file_name(other.path) + " -> " + file_name(mine.path));
+                renamed.insert(
+                    written[i].name + ": " + file_name(other.path) + " -> " + file_name(mine.path));
                 mine.path = other.path;
             }
             CHECK(mine == other);
         }
-        const auto* section = ours.machine.find_section(written[i].name, static_cast<std::uint32_t>(written[i].instance_id));
+        const auto* section =
+            ours.machine.find_section(written[i].name, static_cast<std::uint32_t>(written[i].instance_id));
         typed += section != nullptr && !section->is_carried() ? 1 : 0;
     }
     CHECK(typed >= 2);

@@ -17,7 +17,8 @@ using vmstate::errc;
 
 namespace {
 
-template<class T> std::string message_of(const vmstate::result<T>& outcome) {
+template <class T>
+std::string message_of(const vmstate::result<T>& outcome) {
     return outcome ? "" : outcome.error().message();
 }
 
@@ -76,15 +77,16 @@ struct speaker_with_a_subsection {
     std::uint8_t volume = 11;
 };
 inline bool volume_needed(const speaker_with_a_subsection&) { return true; }
-inline constexpr auto vmstate_volume = vmstate::describe<speaker_with_a_subsection>(
-    {.name = "pcspk/volume", .version_id = 1}, vmstate::needed<volume_needed>,
-    vmstate::field<&speaker_with_a_subsection::volume>);
+inline constexpr auto vmstate_volume =
+    vmstate::describe<speaker_with_a_subsection>({.name = "pcspk/volume", .version_id = 1},
+        vmstate::needed<volume_needed>, vmstate::field<&speaker_with_a_subsection::volume>);
 inline constexpr auto vmstate_loud_speaker = vmstate::describe<speaker_with_a_subsection>(
     {.name = "pcspk", .version_id = 1}, vmstate::field<&speaker_with_a_subsection::data_on>,
     vmstate::field<&speaker_with_a_subsection::dummy_refresh_clock>, vmstate::subsection<vmstate_volume>);
 
 /// Our stream with another device, `description`, in the place of the speaker.
-template<const auto& description, class Device> std::vector<std::byte> with_another_speaker(Device& device) {
+template <const auto& description, class Device>
+std::vector<std::byte> with_another_speaker(Device& device) {
     replica ours(original());
     load_original(ours);
     ours.machine.template remove_device<pc::vmstate_spk>(ours.devices.pcspk);
@@ -102,8 +104,10 @@ TEST_CASE("QEMU refuses our stream of another machine type") {
     auto stream = saved(ours);
     CHECK(std::equal(bytes.begin(), bytes.begin() + 26, stream.begin()));
     const std::string_view other = "pc-i440fx-9.9";
-    std::transform(other.begin(), other.end(), stream.begin() + 13, [](char c) { return static_cast<std::byte>(c); });
-    CHECK_THAT(qemu_refusal(stream), contains("Machine type received is 'pc-i440fx-9.9' and local is 'pc-i440fx-7.2'"));
+    std::transform(
+        other.begin(), other.end(), stream.begin() + 13, [](char c) { return static_cast<std::byte>(c); });
+    CHECK_THAT(qemu_refusal(stream),
+        contains("Machine type received is 'pc-i440fx-9.9' and local is 'pc-i440fx-7.2'"));
 }
 
 TEST_CASE("QEMU refuses our stream of a machine with more memory, and with memory that it hasn't") {
@@ -131,7 +135,8 @@ TEST_CASE("QEMU refuses a device of ours that it hasn't") {
     CHECK_THAT(qemu_refusal(saved(ours)), contains("Unknown savevm section or instance 'not-of-qemu' 3"));
 }
 
-TEST_CASE("QEMU refuses a device of ours of a newer version, and one with a subsection that it doesn't know") {
+TEST_CASE(
+    "QEMU refuses a device of ours of a newer version, and one with a subsection that it doesn't know") {
     VMSTATE_REQUIRE_QEMU();
     SECTION("version") {
         pc::PCSpkState device;
@@ -199,24 +204,28 @@ TEST_CASE("we refuse QEMU's section that nobody registered, by its name") {
     const auto outcome = vmstate::load(ours.machine, in); // nothing carried
     REQUIRE_FALSE(outcome);
     CHECK(outcome.error().code() == errc::unknown_section);
-    const auto& first = *std::find_if(original().sections.begin(), original().sections.end(), [](const auto& section) {
-        return section.header.idstr == "cpu"; // the first after timer and cpu_common that has no description of ours
-    });
+    const auto& first =
+        *std::find_if(original().sections.begin(), original().sections.end(), [](const auto& section) {
+            return section.header.idstr ==
+                   "cpu"; // the first after timer and cpu_common that has no description of ours
+        });
     CHECK(outcome.error().path() == "cpu");
     CHECK(outcome.error().offset() == first.header.offset);
     CHECK_THAT(outcome.error().message(), contains("'cpu' instance 0 version 12"));
 }
 
-TEST_CASE("we refuse QEMU's section of a version that our device doesn't know, and a subsection that it hasn't") {
+TEST_CASE(
+    "we refuse QEMU's section of a version that our device doesn't know, and a subsection that it hasn't") {
     VMSTATE_REQUIRE_QEMU();
     replica ours(original());
     struct old_keyboard {
         std::uint8_t write_cmd, status, mode, pending_tmp;
     };
     SECTION("newer") {
-        static constexpr auto vmstate_old = vmstate::describe<old_keyboard>(
-            {.name = "pckbd", .version_id = 2}, vmstate::field<&old_keyboard::write_cmd>, vmstate::field<&old_keyboard::status>,
-            vmstate::field<&old_keyboard::mode>, vmstate::field<&old_keyboard::pending_tmp>);
+        static constexpr auto vmstate_old =
+            vmstate::describe<old_keyboard>({.name = "pckbd", .version_id = 2},
+                vmstate::field<&old_keyboard::write_cmd>, vmstate::field<&old_keyboard::status>,
+                vmstate::field<&old_keyboard::mode>, vmstate::field<&old_keyboard::pending_tmp>);
         old_keyboard device{};
         ours.machine.remove_device<pc::vmstate_kbd_isa>(ours.devices.i8042);
         REQUIRE(ours.machine.add_device<vmstate_old>(device));
@@ -227,9 +236,10 @@ TEST_CASE("we refuse QEMU's section of a version that our device doesn't know, a
         CHECK(outcome.error().offset() == original().find("pckbd")->header.offset);
     }
     SECTION("a subsection") {
-        static constexpr auto vmstate_plain = vmstate::describe<old_keyboard>(
-            {.name = "pckbd", .version_id = 3}, vmstate::field<&old_keyboard::write_cmd>, vmstate::field<&old_keyboard::status>,
-            vmstate::field<&old_keyboard::mode>, vmstate::field<&old_keyboard::pending_tmp>);
+        static constexpr auto vmstate_plain =
+            vmstate::describe<old_keyboard>({.name = "pckbd", .version_id = 3},
+                vmstate::field<&old_keyboard::write_cmd>, vmstate::field<&old_keyboard::status>,
+                vmstate::field<&old_keyboard::mode>, vmstate::field<&old_keyboard::pending_tmp>);
         old_keyboard device{};
         ours.machine.remove_device<pc::vmstate_kbd_isa>(ours.devices.i8042);
         REQUIRE(ours.machine.add_device<vmstate_plain>(device));

@@ -24,7 +24,8 @@ auto lines(std::ptrdiff_t count) {
     return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
 }
 
-template<class T> std::string message_of(const vmstate::result<T>& outcome) {
+template <class T>
+std::string message_of(const vmstate::result<T>& outcome) {
     return outcome ? "" : outcome.error().message();
 }
 
@@ -168,7 +169,8 @@ TEST_CASE("a machine with hardly anything, and machines that stand still, are wr
         CAPTURE(section.header.idstr, section.header.instance_id);
         CHECK(section.header.idstr == original.sections[i].header.idstr);
         // These clocks follow the host's, which goes on.
-        if (section.header.idstr != "mc146818rtc" && section.header.idstr != "timer" && section.header.idstr != "globalstate")
+        if (section.header.idstr != "mc146818rtc" && section.header.idstr != "timer" &&
+            section.header.idstr != "globalstate")
             CHECK(difference(original.sections[i].body, section.body) == "");
     }
 }

@@ -31,12 +31,13 @@ std::set<std::string> check_typed_sections(const recorded_stream& stream, pc::pc
     std::set<std::string> subsections;
     std::size_t checked = 0;
     devices.apply_compat(stream.machine);
-    devices.for_each_device([&]<const auto& description>(auto& device, const vmstate::device_options& options) {
+    devices.for_each_device([&]<const auto & description>(
+        auto& device, const vmstate::device_options& options) {
         const recorded_section* section = stream.find(options.id, options.instance_id);
-        if (section == nullptr)
-            return;
+        if (section == nullptr) return;
         CAPTURE(options.id, options.instance_id);
-        const auto loaded = vmstate::from_bytes<description>(section->body, device, static_cast<int>(section->header.version_id));
+        const auto loaded = vmstate::from_bytes<description>(
+            section->body, device, static_cast<int>(section->header.version_id));
         REQUIRE((loaded ? "" : loaded.error().message()) == "");
         const auto saved = vmstate::to_bytes<description>(device);
         REQUIRE((saved ? "" : saved.error().message()) == "");
@@ -52,15 +53,15 @@ std::set<std::string> check_typed_sections(const recorded_stream& stream, pc::pc
 }
 
 std::set<std::string> check_typed_sections(const recorded_stream& stream) {
-    pc::pc_machine_devices devices(pc::machine_kind_of(stream.machine), stream.find("cpu_common") != nullptr ? 1 : 0);
+    pc::pc_machine_devices devices(
+        pc::machine_kind_of(stream.machine), stream.find("cpu_common") != nullptr ? 1 : 0);
     return check_typed_sections(stream, devices);
 }
 
 /// All that the descriptions could write.
 void collect_subsections_of(const vmstate::schema& body, std::set<std::string>& names) {
     for (const vmstate::schema_field& field : body.fields)
-        if (field.has_nested)
-            collect_subsections_of(*field.nested, names);
+        if (field.has_nested) collect_subsections_of(*field.nested, names);
     for (const vmstate::schema* subsection : body.subsections) {
         names.insert(std::string(subsection->name));
         collect_subsections_of(*subsection, names);
@@ -71,7 +72,7 @@ sightings all_that_there_are() {
     sightings all;
     for (const pc::machine_kind kind : {pc::machine_kind::pc, pc::machine_kind::microvm}) {
         pc::pc_machine_devices devices(kind);
-        devices.for_each_device([&]<const auto& description>(auto&, const vmstate::device_options& options) {
+        devices.for_each_device([&]<const auto & description>(auto&, const vmstate::device_options& options) {
             all.sections.insert(options.id);
             collect_subsections_of(vmstate::schema_of<description>(), all.subsections);
         });
@@ -90,8 +91,7 @@ void write_reset_code(const std::filesystem::path& path, std::initializer_list<u
 
 void wait_until(const char* what, const std::function<bool()>& done) {
     for (int i = 0; i < 1000; ++i) {
-        if (done())
-            return;
+        if (done()) return;
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
     FAIL("no end to the wait for " << what);
@@ -105,9 +105,11 @@ TEST_CASE("every machine as it is after reset") {
     CAPTURE(machine);
     qemu source({.machine = machine, .stopped = true});
     const recorded_stream stream = record(source);
-    CHECK(pc::machine_kind_of(stream.machine) ==
-        (machine == "pc" ? pc::machine_kind::pc : machine == "q35" ? pc::machine_kind::q35 : machine == "isapc"
-                       ? pc::machine_kind::isapc : machine == "microvm" ? pc::machine_kind::microvm : pc::machine_kind::none));
+    CHECK(pc::machine_kind_of(stream.machine) == (machine == "pc"           ? pc::machine_kind::pc
+                                                     : machine == "q35"     ? pc::machine_kind::q35
+                                                     : machine == "isapc"   ? pc::machine_kind::isapc
+                                                     : machine == "microvm" ? pc::machine_kind::microvm
+                                                                            : pc::machine_kind::none));
     check_typed_sections(stream);
 }
 
@@ -161,7 +163,8 @@ TEST_CASE("after a guest has programmed every device, half done things among the
         CHECK(devices.i8042.kbd.outport == 0xdd);
         CHECK(devices.dma[0].regs[2].page == 0x23);
         CHECK(devices.dma[1].regs[1].base[1] == 0x234);
-        for (const char* name : {"pckbd_outport", "pckbd/extended_state", "ps2kbd/ledstate", "ps2kbd/command_reply_queue"})
+        for (const char* name :
+            {"pckbd_outport", "pckbd/extended_state", "ps2kbd/ledstate", "ps2kbd/command_reply_queue"})
             CHECK(subsections.count(name) == 1);
     }
 }
@@ -176,8 +179,7 @@ TEST_CASE("keys and pointer events that nobody has read") {
     temporary_directory directory;
     write_reset_code(directory / "halt.rom", {0xfa, 0xf4, 0xeb, 0xfc});
     qemu source({.machine = machine, .rom = programmed ? guest_rom("devices") : directory / "halt.rom"});
-    if (programmed)
-        source.wait_serial("READY\n");
+    if (programmed) source.wait_serial("READY\n");
     for (const char* key : {"a", "shift-b", "ctrl-alt-delete", "print", "pause"})
         source.human(std::string("sendkey ") + key);
     source.human("mouse_move 10 -20 3");
@@ -188,8 +190,7 @@ TEST_CASE("keys and pointer events that nobody has read") {
     check_typed_sections(stream, devices);
     CHECK(devices.keyboard.parent_obj.count > 0);
     CHECK(devices.keyboard.parent_obj.data[0] != 0);
-    if (programmed)
-        CHECK(devices.mouse.parent_obj.count > 0);
+    if (programmed) CHECK(devices.mouse.parent_obj.count > 0);
     CHECK(devices.i8042.kbd.status != pc::KBDState{}.status);
 }
 
@@ -226,8 +227,7 @@ TEST_CASE("the HPET in the place of the RTC, whose interrupt it holds back") {
     std::set<std::string> subsections;
     wait_until("a periodic interrupt", [&] {
         subsections = check_typed_sections(record(source), devices);
-        if (subsections.contains("hpet/rtc_irq_level"))
-            return true;
+        if (subsections.contains("hpet/rtc_irq_level")) return true;
         source.cont();
         return false;
     });
@@ -257,7 +257,8 @@ TEST_CASE("a guest that said it has crashed") {
     VMSTATE_REQUIRE_QEMU();
     temporary_directory directory;
     write_reset_code(directory / "panic.rom", {0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xfa, 0xf4, 0xeb, 0xfc});
-    qemu source({.machine = "pc", .rom = directory / "panic.rom",
+    qemu source({.machine = "pc",
+        .rom = directory / "panic.rom",
         .arguments = {"-device", "pvpanic", "-action", "panic=pause"}});
     wait_until("the guest to panic", [&] { return source.status() == "guest-panicked"; });
     const recorded_stream stream = record(source);
@@ -311,7 +312,8 @@ TEST_CASE("states that are over too soon to be caught, through a QEMU that is gi
     changed.devices.vmmouse.queue[2] = 0xcafebabe;
     changed.devices.vmmouse.absolute = 1;
     changed.devices.mouse.mouse_wrap = 1;
-    pc::global_state_store(changed.devices.globalstate, pc::run_state::paused); // or the processor runs on at once
+    pc::global_state_store(
+        changed.devices.globalstate, pc::run_state::paused); // or the processor runs on at once
     const auto saved = changed.save();
     REQUIRE((saved ? "" : saved.error().message()) == "");
 
@@ -326,7 +328,8 @@ TEST_CASE("states that are over too soon to be caught, through a QEMU that is gi
     const recorded_stream stream = record(second);
     pc::pc_machine_devices devices(pc::machine_kind::pc);
     const auto subsections = check_typed_sections(stream, devices);
-    for (const char* name : {"cpu_common/exception_index", "mc146818rtc/irq_reinject_on_ack_count", "ps2kbd/need_high_bit"})
+    for (const char* name :
+        {"cpu_common/exception_index", "mc146818rtc/irq_reinject_on_ack_count", "ps2kbd/need_high_bit"})
         CHECK(subsections.count(name) == 1);
     CHECK(devices.cpus[0].exception_index == 13);
     CHECK(devices.rtc.irq_reinject_on_ack_count == 0x1234);

@@ -27,7 +27,8 @@ TEST_CASE("a stream with XBZRLE records gives the memory that the machine had") 
     qemu source({.machine = machine, .stopped = true, .arguments = bus.arguments()});
     bus.accept();
     const auto fill = [&](std::uint64_t at, std::uint64_t size, std::uint64_t value) {
-        bus.command("memset " + std::to_string(at) + ' ' + std::to_string(size) + ' ' + std::to_string(value & 0xff));
+        bus.command(
+            "memset " + std::to_string(at) + ' ' + std::to_string(size) + ' ' + std::to_string(value & 0xff));
     };
     for (std::uint64_t page = 0; page < pages; ++page)
         fill(first + page * 4096, 4096, page + 1);
@@ -47,8 +48,7 @@ TEST_CASE("a stream with XBZRLE records gives the memory that the machine had") 
         ++value;
         for (std::uint64_t page = 0; page < pages; ++page) {
             fill(first + page * 4096 + (value * 40 + page * 8) % 3072, 1024, value * 3 + page);
-            if (page % 16 == 5)
-                bus.writeq(first + page * 4096 + 4088, value * 0x9e3779b97f4a7c15);
+            if (page % 16 == 5) bus.writeq(first + page * 4096 + 4088, value * 0x9e3779b97f4a7c15);
         }
         fill(first + 7 * 4096, 4096, value % 3 * 0x55);
         const json::object state = source.execute("query-migrate").as_object();
@@ -68,7 +68,8 @@ TEST_CASE("a stream with XBZRLE records gives the memory that the machine had") 
     const recorded_stream stream(read_file(file));
     REQUIRE(stream.pages.count(vmstate::ram_record_kind::xbzrle) == 1);
     CHECK(stream.pages.at(vmstate::ram_record_kind::xbzrle) >= 200);
-    CHECK(stream.pages.at(vmstate::ram_record_kind::page) >= pages - 1); // whole once before its changes are sent
+    CHECK(stream.pages.at(vmstate::ram_record_kind::page) >=
+          pages - 1); // whole once before its changes are sent
     replica ours(stream);
     const auto loaded = ours.load(stream.bytes);
     REQUIRE((loaded ? "" : loaded.error().message()) == "");

@@ -19,7 +19,9 @@ namespace vmstate::tests {
 
 class qtest {
 public:
-    std::vector<std::string> arguments() const { return {"-qtest", "unix:" + socket_path(), "-qtest-log", "none"}; }
+    std::vector<std::string> arguments() const {
+        return {"-qtest", "unix:" + socket_path(), "-qtest-log", "none"};
+    }
 
     /// After QEMU has started, which it does not without its connection.
     void accept() { socket_ = acceptor_.accept(); }
@@ -40,8 +42,7 @@ public:
             answer = received_.substr(0, size - 1);
             received_.erase(0, size);
         } while (answer.starts_with("IRQ"));
-        if (!answer.starts_with("OK"))
-            throw qemu_error("qtest: " + line + ": " + answer);
+        if (!answer.starts_with("OK")) throw qemu_error("qtest: " + line + ": " + answer);
         return answer;
     }
 

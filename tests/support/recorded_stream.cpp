@@ -18,14 +18,15 @@ public:
 
     void configuration(const stream_configuration& found) override { stream_.machine = found.machine; }
     void begin_ram(const stream_section& section, std::size_t) override {
-        if (stream_.ram.begin == 0)
-            stream_.ram.begin = section.offset;
+        if (stream_.ram.begin == 0) stream_.ram.begin = section.offset;
     }
     void ram_block(const stream_ram_block& block, std::size_t) override { stream_.blocks.push_back(block); }
-    void ram_page(const ram_record& record, std::size_t, std::span<const std::byte>) override { ++stream_.pages[record.kind]; }
+    void ram_page(const ram_record& record, std::size_t, std::span<const std::byte>) override {
+        ++stream_.pages[record.kind];
+    }
     void end_ram(std::uint64_t end) override { stream_.ram.end = end; }
-    void device(const stream_section& section, const vmdesc_device* description, std::span<const std::byte> body,
-        body_extent) override {
+    void device(const stream_section& section, const vmdesc_device* description,
+        std::span<const std::byte> body, body_extent) override {
         stream_.sections.push_back({section, description, body});
     }
     void end_of_sections(std::uint64_t offset) override { stream_.end_of_sections = offset; }
@@ -34,9 +35,9 @@ private:
     recorded_stream& stream_;
 };
 
-template<class T> T value_of(result<T> outcome, const char* what) {
-    if (!outcome)
-        throw std::runtime_error(std::string(what) + ": " + outcome.error().message());
+template <class T>
+T value_of(result<T> outcome, const char* what) {
+    if (!outcome) throw std::runtime_error(std::string(what) + ": " + outcome.error().message());
     return std::move(*outcome);
 }
 
@@ -57,11 +58,13 @@ recorded_stream::recorded_stream(std::vector<std::byte> stream) : bytes(std::mov
     location = value_of(find_vmdesc(bytes), "the description");
     description = value_of(parse_vmdesc(json(), {}, location.offset), "the description");
     recorder visitor(*this);
-    if (const auto walked = walk_stream(bytes, {.description = &description, .location = location}, visitor); !walked)
+    if (const auto walked = walk_stream(bytes, {.description = &description, .location = location}, visitor);
+        !walked)
         throw std::runtime_error("the stream: " + walked.error().message());
 }
 
-const recorded_section* recorded_stream::find(std::string_view idstr, std::uint32_t instance_id) const noexcept {
+const recorded_section* recorded_stream::find(
+    std::string_view idstr, std::uint32_t instance_id) const noexcept {
     const auto found = std::find_if(sections.begin(), sections.end(), [&](const recorded_section& section) {
         return section.header.idstr == idstr && section.header.instance_id == instance_id;
     });
@@ -71,8 +74,7 @@ const recorded_section* recorded_stream::find(std::string_view idstr, std::uint3
 recorded_stream record(qemu& source) {
     const auto file = source.directory() / "recorded.state";
     const auto outcome = source.migrate_to_file(file);
-    if (!outcome.completed)
-        throw qemu_error("the migration to a file failed: " + outcome.error);
+    if (!outcome.completed) throw qemu_error("the migration to a file failed: " + outcome.error);
     recorded_stream recorded(read_file(file));
     std::filesystem::remove(file);
     return recorded;
@@ -89,15 +91,16 @@ void collect_subsections(const vmdesc_body& body, std::set<std::string>& names) 
 }
 
 replica::replica(const recorded_stream& original)
-    : devices(pc_devices::machine_kind_of(original.machine), count(original, "cpu_common")), machine(options_of(original)) {
+    : devices(pc_devices::machine_kind_of(original.machine), count(original, "cpu_common"))
+    , machine(options_of(original)) {
     devices.apply_compat(original.machine);
     // Whoever saves a machine says first what it is doing; a load may put something else in its place.
     pc_devices::global_state_store(devices.globalstate, pc_devices::run_state::prelaunch);
-    const auto registered = devices.register_with(machine, [&](std::string_view idstr, std::uint32_t instance_id) {
-        return original.find(idstr, instance_id) != nullptr;
-    });
-    if (!registered)
-        throw std::runtime_error("a device: " + registered.error().message());
+    const auto registered =
+        devices.register_with(machine, [&](std::string_view idstr, std::uint32_t instance_id) {
+            return original.find(idstr, instance_id) != nullptr;
+        });
+    if (!registered) throw std::runtime_error("a device: " + registered.error().message());
     for (const stream_ram_block& block : original.blocks) {
         auto& bytes = memory[block.name];
         bytes.resize(static_cast<std::size_t>(block.used_length));
@@ -115,8 +118,7 @@ result<void> replica::load(std::span<const std::byte> stream, const vmdesc* desc
 
 result<std::vector<std::byte>> replica::save() {
     vector_writer out;
-    if (auto saved = vmstate::save(machine, out); !saved)
-        return saved.error();
+    if (auto saved = vmstate::save(machine, out); !saved) return saved.error();
     return out.take();
 }
 
@@ -181,14 +183,14 @@ std::vector<std::byte> with_little_memory(const recorded_stream& original) {
 
 std::string difference(std::span<const std::byte> expected, std::span<const std::byte> found) {
     const auto where = std::mismatch(expected.begin(), expected.end(), found.begin(), found.end());
-    if (where.first == expected.end() && where.second == found.end())
-        return {};
+    if (where.first == expected.end() && where.second == found.end()) return {};
     const auto at = static_cast<std::size_t>(where.first - expected.begin());
     const auto byte_text = [&](std::span<const std::byte> bytes) {
         return at < bytes.size() ? std::to_string(std::to_integer<int>(bytes[at])) : "the end";
     };
-    return "byte " + std::to_string(at) + ": expected " + byte_text(expected) + ", found " + byte_text(found) + " (" +
-        std::to_string(expected.size()) + " and " + std::to_string(found.size()) + " bytes)";
+    return "byte " + std::to_string(at) + ": expected " + byte_text(expected) + ", found " +
+           byte_text(found) + " (" + std::to_string(expected.size()) + " and " +
+           std::to_string(found.size()) + " bytes)";
 }
 
 } // namespace vmstate::tests

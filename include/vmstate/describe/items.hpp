@@ -113,7 +113,10 @@ struct field_item : wire_item<item_kind::field, List...> {
     static constexpr auto pointer = Member;
     using owner = owner_of<Member>;
     using type = type_of<Member>;
-    static constexpr std::string_view name() { return last_identifier(spelling<Member>()); }
+    static constexpr std::string_view name() {
+        constexpr std::string_view text = last_identifier(spelling<Member>()); // clang 16 calls it at run time otherwise
+        return text;
+    }
     template <class S>
     static constexpr auto& of(S& state) {
         return state.*Member;

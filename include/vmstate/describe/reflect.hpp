@@ -50,7 +50,8 @@ struct reflection {
     }
     template <std::size_t I>
     static constexpr std::string_view name() {
-        return detail::bound_name<S, I>();
+        constexpr std::string_view text = detail::bound_name<S, I>(); // clang 16 calls it at run time otherwise
+        return text;
     }
 };
 

@@ -141,7 +141,7 @@ public:
         for (const std::unique_ptr<section>& entry : sections_) {
             const auto* device = std::get_if<described_device>(&entry->content);
             if (device != nullptr && device->operations->is_unmigratable)
-                return error(errc::unmigratable).within(section_path(*entry));
+                return error(errc::not_migratable).within(section_path(*entry));
         }
         return {};
     }

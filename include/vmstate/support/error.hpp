@@ -34,7 +34,7 @@ enum class errc {
     bad_ram,              ///< a RAM record that does not fit the machine's blocks
     bad_description_json, ///< the JSON description is malformed or does not fit the stream
     duplicate,            ///< registered twice
-    unmigratable,         ///< a device that forbids migration is registered
+    not_migratable,       ///< a device that forbids migration is registered
     bad_uri,              ///< not a URI that a channel can be made from
     io,                   ///< the operating system refused
     invalid_argument,     ///< called with something that cannot be meant
@@ -65,7 +65,7 @@ constexpr std::string_view to_string(errc code) noexcept {
     case errc::bad_ram: return "bad RAM record";
     case errc::bad_description_json: return "bad JSON description";
     case errc::duplicate: return "registered twice";
-    case errc::unmigratable: return "device is unmigratable";
+    case errc::not_migratable: return "device is unmigratable";
     case errc::bad_uri: return "bad URI";
     case errc::io: return "input/output error";
     case errc::invalid_argument: return "invalid argument";
