@@ -43,7 +43,7 @@ constexpr std::size_t body_size(const vmstate::schema& body, int version, std::s
             continue;
         }
         const std::size_t element =
-            field.nested != nullptr ? body_size(*field.nested, field.nested_version) : field.size;
+            field.has_nested ? body_size(*field.nested, field.nested_version) : field.size;
         size += element * (field.repeat == vmstate::repetition::by_length ? lengths : field.count);
     }
     return size;
