@@ -28,20 +28,27 @@ struct value {
     enum class kind { number, text, object, array } is = kind::number;
     std::int64_t number = 0;
     std::string text;
-    std::vector<std::pair<std::string, value>> members; // of an object; of an array, without names
+    struct member;
+    std::vector<member> members; // of an object; of an array, without names
 
-    const value* find(std::string_view key) const {
-        const auto found = std::find_if(
-            members.begin(), members.end(), [&](const auto& member) { return member.first == key; });
-        return found == members.end() ? nullptr : &found->second;
-    }
-    std::vector<std::string> keys() const {
-        std::vector<std::string> names;
-        for (const auto& member : members)
-            names.push_back(member.first);
-        return names;
-    }
+    const value* find(std::string_view key) const;
+    std::vector<std::string> keys() const;
 };
+struct value::member {
+    std::string first;
+    value second;
+};
+inline const value* value::find(std::string_view key) const {
+    const auto found =
+        std::find_if(members.begin(), members.end(), [&](const member& one) { return one.first == key; });
+    return found == members.end() ? nullptr : &found->second;
+}
+inline std::vector<std::string> value::keys() const {
+    std::vector<std::string> names;
+    for (const member& one : members)
+        names.push_back(one.first);
+    return names;
+}
 
 /// What QEMU's descriptions are made of: objects, arrays, strings without escapes, integers.
 class json_reader {
@@ -81,7 +88,7 @@ private:
                 name = read_text();
                 expect(':');
             }
-            result.members.emplace_back(std::move(name), read());
+            result.members.push_back({std::move(name), read()});
             blank();
             if (peek() == end) break;
             expect(',');
