@@ -67,34 +67,36 @@ inline constexpr auto plan_of = make_plan<item_count<D>>(std::remove_cvref_t<dec
 
 // --- flat bodies, inside somebody else's run -------------------------------------------------------------------------
 
-template <class Item, class S>
-[[gnu::always_inline]] inline std::byte* encode_field(std::byte* p, const S& state) {
-    if constexpr (is_plain_scalar<Item>) return store_big(p, to_wire(Item::of(state)));
-    else return codec_of<Item>::type::encode(p, state);
+// One for each type of member, not for each member: most fields of a device are plain scalars.
+template <class E>
+[[gnu::always_inline]] inline std::byte* encode_scalar(std::byte* p, const E& member) {
+    return store_big(p, to_wire(member));
 }
+template <class E>
+[[gnu::always_inline]] inline const std::byte* decode_scalar(const std::byte* p, E& member) {
+    using wire = typename wire_integer<E>::type;
+    take(member, load_big<wire>(p));
+    return p + sizeof(wire);
+}
+
 template <class Item, class S>
 [[gnu::always_inline]] inline const std::byte* decode_field(reader& r, const std::byte* p, S& state) {
-    if constexpr (is_plain_scalar<Item>) {
-        using E = std::remove_const_t<typename Item::type>;
-        using wire = typename wire_integer<E>::type;
-        take(Item::of(state), load_big<wire>(p));
-        return p + sizeof(wire);
-    } else {
-        p = codec_of<Item>::type::decode(r, p, state);
-        if (p == nullptr) [[unlikely]] r.failure().within(Item::name());
-        return p;
-    }
+    p = codec_of<Item>::type::decode(r, p, state);
+    if (p == nullptr) [[unlikely]] r.failure().within(Item::name());
+    return p;
 }
 
 template <const auto& D, int Version, std::size_t I, class Item, class S>
 [[gnu::always_inline]] inline std::byte* encode_item(std::byte* p, const S& state) {
-    if constexpr (plan_of<D, Version>[I].sent) return encode_field<Item>(p, state);
-    else return p;
+    if constexpr (!plan_of<D, Version>[I].sent) return p;
+    else if constexpr (is_plain_scalar<Item>) return encode_scalar(p, state.*Item::pointer);
+    else return codec_of<Item>::type::encode(p, state);
 }
 template <const auto& D, int Version, std::size_t I, class Item, class S>
 [[gnu::always_inline]] inline const std::byte* decode_item(reader& r, const std::byte* p, S& state) {
-    if constexpr (plan_of<D, Version>[I].sent) return decode_field<Item>(r, p, state);
-    else return p;
+    if constexpr (!plan_of<D, Version>[I].sent) return p;
+    else if constexpr (is_plain_scalar<Item>) return decode_scalar(p, state.*Item::pointer);
+    else return decode_field<Item>(r, p, state);
 }
 
 template <const auto& D, int Version, class S, std::size_t... I, class... Items>
@@ -168,7 +170,8 @@ template <const auto& D, int Version, std::size_t I, class Item, class S>
                 }
             }
         }
-        return encode_field<Item>(p, std::as_const(state));
+        if constexpr (is_plain_scalar<Item>) return encode_scalar(p, state.*Item::pointer);
+        else return codec_of<Item>::type::encode(p, std::as_const(state));
     } else {
         if (!field_exists<Item>(state, version_id)) return p;
         w.commit(p);
@@ -283,7 +286,8 @@ template <const auto& D, int Version, std::size_t I, class Item, class S>
                 }
             }
         }
-        return decode_field<Item>(r, p, state);
+        if constexpr (is_plain_scalar<Item>) return decode_scalar(p, state.*Item::pointer);
+        else return decode_field<Item>(r, p, state);
     } else {
         if (!field_exists<Item>(state, version_id)) return p;
         r.seek(p);

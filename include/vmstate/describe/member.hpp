@@ -73,6 +73,9 @@ struct unevaluated_object {
 #endif
 template <class T>
 extern const unevaluated_object<T> unevaluated;
+#if defined(__clang__)
+#pragma clang diagnostic pop
+#endif
 
 /// A pointer to a part of an object as a template argument: clang before 18 takes it only inside a class.
 template <class Pointer>

@@ -39,6 +39,9 @@ template <class Where>
 void a_slice_must_lie_inside_its_array() {}
 template <class Where>
 void between_bounds_must_fit_the_members_type() {}
+/// QEMU's reader would refuse the nested description's stream as too new.
+template <class Where>
+void the_version_in_as_must_not_be_above_its_descriptions_version_id() {}
 /// Elements of lists, maps and temporaries are saved at their own version, but loaded at the field's `since`.
 template <class Where>
 void an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see() {}
@@ -130,6 +133,8 @@ consteval void refuse() {
         rules::a_slice_must_lie_inside_its_array<Where>();
     else if constexpr (Rule == refusal::between_bounds_must_fit_the_members_type)
         rules::between_bounds_must_fit_the_members_type<Where>();
+    else if constexpr (Rule == refusal::the_version_in_as_must_not_be_above_its_descriptions_version_id)
+        rules::the_version_in_as_must_not_be_above_its_descriptions_version_id<Where>();
     else if constexpr (Rule == refusal::an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see)
         rules::an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see<Where>();
     else if constexpr (Rule == refusal::an_attribute_must_not_be_given_twice)

@@ -56,6 +56,7 @@ enum class refusal {
     the_description_in_as_must_describe_the_elements_type,
     a_slice_must_lie_inside_its_array,
     between_bounds_must_fit_the_members_type,
+    the_version_in_as_must_not_be_above_its_descriptions_version_id,
     an_element_must_not_have_fields_gated_by_a_version_its_loader_does_not_see,
     an_attribute_must_not_be_given_twice,
     an_attribute_must_fit_its_member,
@@ -422,6 +423,8 @@ consteval refusal why_no_element() {
                                      : refusal::a_struct_member_must_have_a_description;
         else if constexpr (!describes<nested<E, A>::description, E>)
             return refusal::the_description_in_as_must_describe_the_elements_type;
+        else if constexpr (nested<E, A>::version > nested<E, A>::description.version_id)
+            return refusal::the_version_in_as_must_not_be_above_its_descriptions_version_id;
         else return refusal::none;
     } else return refusal::this_type_has_no_wire_form;
 }
