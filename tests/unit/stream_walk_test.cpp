@@ -365,22 +365,30 @@ TEST_CASE("what is wrong with a stream is named, with section and offset") {
     CHECK(problem_with([](builder& s) {
         s.out.put_u8(7);
         s.out.put_be32(0x7fffffff);
-    }) == "configuration: stream ends too early: expected 2147483647 bytes of name, found 0 (offset 9)");
+    }) == "configuration/name: machine configured differently: expected a machine's name of at most 255 bytes, found "
+           "2147483647 (offset 9)");
     CHECK(problem_with([](builder& s) {
         s.configuration("pc");
         s.subsection("configuration/other");
-    }) == "configuration: unknown subsection: configuration/other (offset 15)");
+    }) == "configuration/other: unknown subsection: configuration/other (offset 15)");
     CHECK(
         problem_with([](builder& s) {
             s.configuration("pc");
             s.subsection("configuration/target-page-bits");
             s.out.put_be32(40);
         }) ==
-        "configuration: machine configured differently: expected 10 to 16 target page bits, found 40 (offset 51)");
+        "configuration/target-page-bits: machine configured differently: expected 10 to 16 target page bits, found 40 (offset 51)");
     CHECK_THAT(problem_with([](builder& s) {
         s.configuration("pc");
         s.subsection("configuration/capabilities");
         s.out.put_be32(0xffffffff);
+        s.text("\x03xyz");
+    }),
+        contains("configuration/capabilities: machine configured differently: expected at most 255 capabilities"));
+    CHECK_THAT(problem_with([](builder& s) {
+        s.configuration("pc");
+        s.subsection("configuration/capabilities");
+        s.out.put_be32(2);
         s.text("\x03xyz");
     }),
         contains("configuration/capabilities: stream ends too early"));

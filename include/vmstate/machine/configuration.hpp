@@ -19,6 +19,20 @@
 
 namespace vmstate {
 
+/// The configuration as a stream has it.
+struct stream_configuration {
+    std::string machine;
+    std::optional<std::uint32_t> target_page_bits;
+    std::optional<std::vector<std::string>> capabilities;
+    std::optional<std::array<std::uint8_t, 16>> uuid;
+    std::uint64_t offset = 0; ///< of its type byte
+    std::uint64_t size = 0;   ///< with the type byte
+
+    bool has_capability(std::string_view name) const {
+        return capabilities && std::find(capabilities->begin(), capabilities->end(), name) != capabilities->end();
+    }
+};
+
 namespace detail {
 
 inline constexpr std::string_view target_page_bits_name = "configuration/target-page-bits";
@@ -43,109 +57,115 @@ inline std::string uuid_text(const std::array<std::uint8_t, 16>& uuid) {
     return text;
 }
 
-/// Reads and compares; one object per stream.
-class configuration_loader {
+/// One pass over the section; what a stream says grows nothing beyond a few names.
+class configuration_reader {
 public:
-    configuration_loader(const machine_options& local, reader& in) : local_(local), in_(in) {}
+    explicit configuration_reader(reader& in) : in_(in) {}
 
-    result<void> load() {
+    result<stream_configuration> read() {
         const std::uint64_t position = in_.offset();
         const std::uint32_t length = in_.get_be32();
         // QEMU would take any length; no machine has a name of that size.
         if (!in_.failed() && length > max_name_size)
-            return error(
-                errc::bad_configuration, "a machine's name of at most 255 bytes", std::to_string(length))
+            return error(errc::bad_configuration, "a machine's name of at most 255 bytes", std::to_string(length))
                 .within("name")
                 .at_offset(position);
-        std::string name(in_.failed() ? 0 : length, '\0');
-        in_.read(name.data(), name.size());
+        read_.machine.resize(in_.failed() ? 0 : length);
+        in_.read(read_.machine.data(), read_.machine.size());
         if (in_.failed()) return error(in_.failure()).within("name");
-        result<void> loaded = load_subsections();
-        if (!loaded) return loaded;
-
-        // A stream's name that ours begins with will do: QEMU compares as much as it has received.
-        if (!std::string_view(local_.name).starts_with(name))
-            return error(errc::bad_configuration, local_.name, name).within("name").at_offset(position);
-        if (local_.target_page_bits && !page_bits_)
-            return error(errc::bad_configuration,
-                "target page bits " + std::to_string(*local_.target_page_bits), "none");
-        return compare_capabilities();
-    }
-
-private:
-    result<void> load_subsections() {
         for (;;) {
             // What doesn't look like one of our subsections is the next item of the stream.
             constexpr std::string_view prefix = "configuration";
-            if (in_.peek(2) < 2 || in_.cursor()[0] != std::byte{0x05}) return {};
+            if (in_.peek(2) < 2 || in_.cursor()[0] != std::byte{0x05}) break;
             const auto size = std::to_integer<std::size_t>(in_.cursor()[1]);
-            if (size < prefix.size() + 1 || in_.peek(2 + size) < 2 + size) return {};
+            if (size < prefix.size() + 1 || in_.peek(2 + size) < 2 + size) break;
             const std::string name(reinterpret_cast<const char*>(in_.cursor()) + 2, size);
-            if (!name.starts_with(prefix)) return {};
-            const std::uint64_t position = in_.offset();
+            if (!name.starts_with(prefix)) break;
+            const std::uint64_t at = in_.offset();
             in_.skip(2 + size);
-            result<void> loaded = load_subsection(name);
-            if (!loaded)
-                return loaded.error()
-                    .within(std::string_view(name).substr(prefix.size() + 1))
-                    .at_offset(position);
+            result<void> subsection = read_subsection(name);
+            if (!subsection) return subsection.error().within(std::string_view(name).substr(prefix.size() + 1)).at_offset(at);
         }
+        read_.offset = position - 1;
+        read_.size = 1 + in_.offset() - position;
+        return std::move(read_);
     }
-    result<void> load_subsection(std::string_view name) {
-        const bool known = name == target_page_bits_name || name == capabilities_name || name == uuid_name;
-        if (!known) return error(errc::unknown_subsection, {}, std::string(name));
+
+private:
+    result<void> read_subsection(std::string_view name) {
+        if (name == target_page_bits_name) return read_once(read_.target_page_bits.has_value(), &configuration_reader::read_page_bits);
+        if (name == capabilities_name) return read_once(read_.capabilities.has_value(), &configuration_reader::read_capabilities);
+        if (name == uuid_name) return read_once(read_.uuid.has_value(), &configuration_reader::read_uuid);
+        return error(errc::unknown_subsection, {}, std::string(name));
+    }
+    result<void> read_once(bool again, result<void> (configuration_reader::*body)()) {
+        if (again) return error(errc::bad_configuration, "each subsection once", "another");
         // QEMU keeps the low 8 bits of a subsection's version.
         const std::uint32_t version = in_.get_be32() & 0xff;
         if (in_.failed()) return in_.failure();
         if (version > 1) return error(errc::version_too_new, "version 1", std::to_string(version));
         if (version < 1) return error(errc::version_too_old, "version 1", std::to_string(version));
-        if (name == target_page_bits_name) return load_page_bits();
-        if (name == capabilities_name) return load_capabilities();
-        return load_uuid();
+        return (this->*body)();
     }
-    result<void> load_page_bits() {
-        page_bits_ = in_.get_be32();
+    result<void> read_page_bits() {
+        const std::uint32_t bits = in_.get_be32();
         if (in_.failed()) return in_.failure();
-        const auto local = static_cast<std::uint32_t>(std::countr_zero(local_.guest_page_size()));
-        if (*page_bits_ != local)
-            return error(errc::bad_configuration, std::to_string(local), std::to_string(*page_bits_));
+        if (bits < 10 || bits > 16)
+            return error(errc::bad_configuration, "10 to 16 target page bits", std::to_string(bits)).at_offset(in_.offset() - 4);
+        read_.target_page_bits = bits;
         return {};
     }
-    result<void> load_capabilities() {
+    result<void> read_capabilities() {
         const std::uint32_t count = in_.get_be32();
         if (in_.failed()) return in_.failure();
-        capabilities_.clear();
+        // QEMU has fewer than 40.
+        if (count > 255)
+            return error(errc::bad_configuration, "at most 255 capabilities", std::to_string(count)).at_offset(in_.offset() - 4);
+        std::vector<std::string>& capabilities = read_.capabilities.emplace();
         for (std::uint32_t i = 0; i < count; ++i) {
+            const std::uint64_t at = in_.offset();
             std::string capability = in_.get_counted_string();
             if (in_.failed()) return in_.failure();
-            // One that is given twice, or that we lack, ends the list: a count in the stream makes nothing grow.
-            if (!local_.has_capability(capability.c_str()))
-                return error(errc::bad_configuration, capability + " off", "on");
-            if (std::find(capabilities_.begin(), capabilities_.end(), capability) != capabilities_.end())
-                return error(errc::bad_configuration, "each capability once", capability);
-            capabilities_.push_back(std::move(capability));
+            if (capability.empty()) return error(errc::bad_configuration, "a capability's name", "none").at_offset(at);
+            if (read_.has_capability(capability))
+                return error(errc::bad_configuration, "each capability once", capability).at_offset(at);
+            capabilities.push_back(std::move(capability));
         }
         return {};
     }
-    result<void> load_uuid() {
+    result<void> read_uuid() {
         std::array<std::uint8_t, 16> uuid{};
         if (!in_.read(uuid.data(), uuid.size())) return in_.failure();
-        if (local_.uuid && *local_.uuid != uuid)
-            return error(errc::bad_configuration, uuid_text(*local_.uuid), uuid_text(uuid));
-        return {};
-    }
-    result<void> compare_capabilities() const {
-        for (const std::string& wanted : local_.capabilities)
-            if (std::find(capabilities_.begin(), capabilities_.end(), wanted) == capabilities_.end())
-                return error(errc::bad_configuration, wanted + " on", "off").within("capabilities");
+        read_.uuid = uuid;
         return {};
     }
 
-    const machine_options& local_;
     reader& in_;
-    std::optional<std::uint32_t> page_bits_;
-    std::vector<std::string> capabilities_;
+    stream_configuration read_;
 };
+
+inline result<void> compare_configuration(const machine_options& local, const stream_configuration& read) {
+    // A stream's name that ours begins with will do: QEMU compares as much as it has received.
+    if (!std::string_view(local.name).starts_with(read.machine))
+        return error(errc::bad_configuration, local.name, read.machine).within("name").at_offset(read.offset + 1);
+    if (read.target_page_bits) {
+        const auto bits = static_cast<std::uint32_t>(std::countr_zero(local.guest_page_size()));
+        if (*read.target_page_bits != bits)
+            return error(errc::bad_configuration, std::to_string(bits), std::to_string(*read.target_page_bits))
+                .within("target-page-bits");
+    } else if (local.target_page_bits)
+        return error(errc::bad_configuration, "target page bits " + std::to_string(*local.target_page_bits), "none");
+    if (read.capabilities)
+        for (const std::string& capability : *read.capabilities)
+            if (!local.has_capability(capability.c_str()))
+                return error(errc::bad_configuration, capability + " off", "on").within("capabilities");
+    for (const std::string& wanted : local.capabilities)
+        if (!read.has_capability(wanted))
+            return error(errc::bad_configuration, wanted + " on", "off").within("capabilities");
+    if (read.uuid && local.uuid && *local.uuid != *read.uuid)
+        return error(errc::bad_configuration, uuid_text(*local.uuid), uuid_text(*read.uuid)).within("uuid");
+    return {};
+}
 
 } // namespace detail
 
@@ -169,11 +189,21 @@ inline void save_configuration(const machine_options& machine, writer& out) {
     }
 }
 
+/// Reads the section from behind its type byte. Fails with the path of what can't be: `errc::bad_configuration`,
+/// `unknown_subsection`, a version, or the reader's own.
+inline result<stream_configuration> read_configuration(reader& in) {
+    result<stream_configuration> read = detail::configuration_reader(in).read();
+    if (!read) return read.error().within("configuration").at_offset(in.offset());
+    return read;
+}
+
 /// Reads the section from behind its type byte and compares it with `machine`. Fails with `errc::bad_configuration` and
 /// the path of what differs.
 inline result<void> load_configuration(const machine_options& machine, reader& in) {
-    result<void> loaded = detail::configuration_loader(machine, in).load();
-    if (!loaded) return loaded.error().within("configuration").at_offset(in.offset());
+    result<stream_configuration> read = read_configuration(in);
+    if (!read) return read.error();
+    result<void> compared = detail::compare_configuration(machine, *read);
+    if (!compared) return compared.error().within("configuration").at_offset(in.offset());
     return {};
 }
 

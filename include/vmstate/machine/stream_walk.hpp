@@ -7,6 +7,7 @@
 #pragma once
 
 #include <vmstate/codec/reader.hpp>
+#include <vmstate/machine/configuration.hpp>
 #include <vmstate/machine/ram_records.hpp>
 #include <vmstate/machine/vmdesc.hpp>
 #include <vmstate/machine/vmdesc_walk.hpp>
@@ -29,21 +30,6 @@
 #include <vector>
 
 namespace vmstate {
-
-/// The configuration as the stream has it.
-struct stream_configuration {
-    std::uint64_t offset = 0; ///< of its type byte
-    std::uint64_t size = 0;   ///< with the type byte
-    std::string machine;
-    std::optional<std::uint32_t> target_page_bits;
-    std::optional<std::vector<std::string>> capabilities;
-    std::optional<std::array<std::uint8_t, 16>> uuid;
-
-    bool has_capability(std::string_view name) const {
-        return capabilities &&
-               std::find(capabilities->begin(), capabilities->end(), name) != capabilities->end();
-    }
-};
 
 /// A section, or one of the START, PART, END pieces of a live one: then the header's fields are those of its START.
 struct stream_section {
@@ -213,7 +199,7 @@ private:
         if (in.peek(1) == 1 &&
             *in.cursor() == std::byte{static_cast<std::uint8_t>(section_type::configuration)} &&
             !walk_configuration(in))
-            return within(in, "configuration");
+            return false;
         if (!walk_items(in, ending::eof))
             return false;
         return walk_end(in);
@@ -222,80 +208,29 @@ private:
     // ---- configuration ----------------------------------------------------------------------------------
 
     bool walk_configuration(reader& in) {
-        stream_configuration configuration;
-        configuration.offset = in.offset();
         in.get_u8();
-        const std::uint32_t length = in.get_be32();
-        if (in.failed())
+        const result<stream_configuration> read = read_configuration(in);
+        if (!read) {
+            // It may be the reader's own error, but with its path.
+            in.fail(read.error());
+            in.failure() = read.error();
             return false;
-        if (length > in.remaining())
-            return fail(in, errc::truncated, std::to_string(length) + " bytes of name",
-                std::to_string(in.remaining()), in.offset() - 4);
-        configuration.machine.resize(length);
-        if (!in.read(configuration.machine.data(), length))
-            return within(in, "name");
-        while (
-            in.peek(1) == 1 && *in.cursor() == std::byte{static_cast<std::uint8_t>(section_type::subsection)})
-            if (!walk_configuration_part(in, configuration))
-                return false;
-        configuration.size = in.offset() - configuration.offset;
+        }
+        const stream_configuration& configuration = *read;
         format_.ignore_shared = configuration.has_capability("x-ignore-shared");
         format_.mapped_ram = configuration.has_capability("mapped-ram");
         if (configuration.target_page_bits) {
             const std::size_t size = std::size_t{1} << *configuration.target_page_bits;
             const std::uint64_t described =
                 options_.location && options_.description != nullptr ? options_.description->page_size : 0;
-            if (described != 0 && described != size)
-                return fail(in, errc::bad_description_json, "page_size " + std::to_string(size),
-                    std::to_string(described), configuration.offset);
+            if (described != 0 && described != size) {
+                error failure(errc::bad_description_json, "page_size " + std::to_string(size), std::to_string(described));
+                return in.fail(failure.within("configuration").at_offset(configuration.offset));
+            }
             ram_ = ram_record_reader(size);
         }
         visitor_.configuration(configuration);
         return true;
-    }
-    static bool walk_configuration_part(reader& in, stream_configuration& configuration) {
-        constexpr std::string_view prefix = "configuration/";
-        const std::uint64_t offset = in.offset();
-        in.get_u8();
-        const std::string name = in.get_counted_string();
-        const std::uint32_t version = in.get_be32();
-        if (in.failed())
-            return false;
-        const auto is = [&](std::string_view known) { return name == known; };
-        const auto once = [&](bool first) {
-            return first || fail(in, errc::bad_configuration, "one " + name, "another", offset);
-        };
-        if (version != 1 && (is("configuration/target-page-bits") || is("configuration/capabilities") ||
-                                is("configuration/uuid")))
-            return fail(in, errc::bad_configuration, name + " version 1", std::to_string(version), offset);
-        if (is("configuration/target-page-bits")) {
-            if (!once(!configuration.target_page_bits))
-                return false;
-            const std::uint32_t bits = in.get_be32();
-            if (in.failed())
-                return within(in, "target-page-bits");
-            if (bits < 10 || bits > 16)
-                return fail(in, errc::bad_configuration, "10 to 16 target page bits", std::to_string(bits),
-                    in.offset() - 4);
-            configuration.target_page_bits = bits;
-        } else if (is("configuration/capabilities")) {
-            if (!once(!configuration.capabilities))
-                return false;
-            const std::uint32_t count = in.get_be32();
-            configuration.capabilities.emplace();
-            for (std::uint32_t i = 0; i < count && !in.failed(); ++i) {
-                configuration.capabilities->push_back(in.get_counted_string());
-                if (!in.failed() && configuration.capabilities->back().empty())
-                    return fail(in, errc::bad_configuration, "a capability's name", "none", in.offset() - 1);
-            }
-        } else if (is("configuration/uuid")) {
-            if (!once(!configuration.uuid))
-                return false;
-            in.read(configuration.uuid.emplace().data(), 16);
-        } else {
-            return fail(in, errc::unknown_subsection, {}, name, offset);
-        }
-        return !in.failed() || within(in, std::string_view(name).substr(prefix.size()));
     }
 
     // ---- items ------------------------------------------------------------------------------------------

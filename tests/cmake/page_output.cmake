@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: BSL-1.0
+# cmake -DPROGRAM= -DPAGE=page.md "-DAFTER=text before the block" -P page_output.cmake
+#
+# What a page shows of a program's output is what the program prints: each paragraph of the first ```text block behind
+# AFTER stands in the output as it is.
+execute_process(COMMAND ${PROGRAM} OUTPUT_VARIABLE output RESULT_VARIABLE status TIMEOUT 60)
+if(NOT status EQUAL 0)
+    message(FATAL_ERROR "${PROGRAM} ends with ${status}:\n${output}")
+endif()
+
+file(READ ${PAGE} page)
+foreach(mark IN ITEMS "${AFTER}" "```text\n")
+    string(FIND "${page}" "${mark}" begin)
+    if(begin EQUAL -1)
+        message(FATAL_ERROR "${PAGE} has no '${mark}'")
+    endif()
+    string(LENGTH "${mark}" length)
+    math(EXPR begin "${begin} + ${length}")
+    string(SUBSTRING "${page}" ${begin} -1 page)
+endforeach()
+string(FIND "${page}" "```" end)
+string(SUBSTRING "${page}" 0 ${end} block)
+if(block STREQUAL "")
+    message(FATAL_ERROR "the block is empty")
+endif()
+
+while(NOT block STREQUAL "")
+    string(FIND "${block}" "\n\n" end)
+    if(end EQUAL -1)
+        set(paragraph "${block}")
+        set(block "")
+    else()
+        string(SUBSTRING "${block}" 0 ${end} paragraph)
+        math(EXPR end "${end} + 2")
+        string(SUBSTRING "${block}" ${end} -1 block)
+    endif()
+    string(STRIP "${paragraph}" paragraph)
+    string(FIND "${output}" "${paragraph}" at)
+    if(at EQUAL -1)
+        message(FATAL_ERROR "the page shows\n${paragraph}\nthe program prints\n${output}")
+    endif()
+endwhile()
