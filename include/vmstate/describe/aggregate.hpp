@@ -130,6 +130,11 @@ VMSTATE_UNITS(VMSTATE_FITS, 9)
 VMSTATE_UNITS(VMSTATE_FITS, 10)
 VMSTATE_UNITS(VMSTATE_FITS, 11)
 VMSTATE_UNITS(VMSTATE_FITS, 12)
+// clang looks for the definition of `unevaluated` where it is used: it has none on purpose.
+#if defined(__clang__)
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wundefined-var-template"
+#endif
 VMSTATE_UNITS(VMSTATE_BIND, 0)
 VMSTATE_UNITS(VMSTATE_BIND, 1)
 VMSTATE_UNITS(VMSTATE_BIND, 2)
@@ -140,6 +145,9 @@ VMSTATE_UNITS(VMSTATE_BIND, 6)
 VMSTATE_UNITS(VMSTATE_BIND, 7)
 VMSTATE_UNITS(VMSTATE_BIND, 8)
 VMSTATE_UNITS(VMSTATE_BIND, 9)
+#if defined(__clang__)
+#pragma clang diagnostic pop
+#endif
 // clang-format on
 #undef VMSTATE_B1
 #undef VMSTATE_M1
@@ -241,7 +249,8 @@ consteval int count_members() {
 /// are listed than there are, since it is the expensive question.
 template <class T, int Count>
 consteval bool all_members_can_be_listed() {
-    if constexpr (Count <= 0 || Count > max_bound_members) return true;
+    if constexpr (Count > max_bound_members) return false; // it can't be asked
+    else if constexpr (Count <= 0) return true;
     else return !has_bit_field<T>(member_count<Count>{});
 }
 
@@ -262,10 +271,17 @@ constexpr auto& bound_member(S& state) {
 template <auto Part>
 inline constexpr std::string_view part_name = last_identifier(spelling<Part>());
 
+#if defined(__clang__)
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wundefined-var-template"
+#endif
 template <class S, std::size_t I>
 consteval std::string_view bound_name() {
     constexpr auto* member = &bound_member<const S, I>(unevaluated<S>.value);
     return part_name<part_pointer<std::remove_const_t<decltype(member)>>{member}>;
 }
+#if defined(__clang__)
+#pragma clang diagnostic pop
+#endif
 
 } // namespace vmstate::detail

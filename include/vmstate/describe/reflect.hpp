@@ -18,6 +18,10 @@
 namespace vmstate {
 namespace detail {
 
+#if defined(__clang__)
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wundefined-var-template"
+#endif
 /// Whether an aggregate has C arrays: where it has none, Boost.PFR counts right.
 template <class S>
 consteval bool has_c_array() {
@@ -28,6 +32,9 @@ consteval bool has_c_array() {
             return (false || ... || std::is_array_v<std::remove_reference_t<decltype(members)>>);
         });
 }
+#if defined(__clang__)
+#pragma clang diagnostic pop
+#endif
 
 } // namespace detail
 
