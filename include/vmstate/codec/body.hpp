@@ -89,13 +89,13 @@ template <class Item, class S>
 template <const auto& D, int Version, std::size_t I, class Item, class S>
 [[gnu::always_inline]] inline std::byte* encode_item(std::byte* p, const S& state) {
     if constexpr (!plan_of<D, Version>[I].sent) return p;
-    else if constexpr (is_plain_scalar<Item>) return encode_scalar(p, state.*Item::pointer);
+    else if constexpr (is_plain_scalar<Item>) return encode_scalar(p, Item::of(state));
     else return codec_of<Item>::type::encode(p, state);
 }
 template <const auto& D, int Version, std::size_t I, class Item, class S>
 [[gnu::always_inline]] inline const std::byte* decode_item(reader& r, const std::byte* p, S& state) {
     if constexpr (!plan_of<D, Version>[I].sent) return p;
-    else if constexpr (is_plain_scalar<Item>) return decode_scalar(p, state.*Item::pointer);
+    else if constexpr (is_plain_scalar<Item>) return decode_scalar(p, Item::of(state));
     else return decode_field<Item>(r, p, state);
 }
 
@@ -170,7 +170,7 @@ template <const auto& D, int Version, std::size_t I, class Item, class S>
                 }
             }
         }
-        if constexpr (is_plain_scalar<Item>) return encode_scalar(p, state.*Item::pointer);
+        if constexpr (is_plain_scalar<Item>) return encode_scalar(p, Item::of(state));
         else return codec_of<Item>::type::encode(p, std::as_const(state));
     } else {
         if (!field_exists<Item>(state, version_id)) return p;
@@ -264,9 +264,66 @@ bool save_body(writer& w, S& state) {
     r.failure() = std::move(failure);
 }
 
+// --- room for arrays of the stream's length --------------------------------------------------------------------------
+// Taken when a load enters an object, for its description and all subsections: later the stream has changed the lengths.
+
+template <const auto& D>
+inline constexpr std::size_t own_rooms = [] {
+    for (const item_facts& one : std::remove_cvref_t<decltype(D)>::facts())
+        if (one.has_room) return item_count<D>;
+    return std::size_t{0};
+}();
+template <const auto& D>
+consteval std::size_t count_rooms();
+template <const auto&... Subs>
+consteval std::size_t count_rooms_of(const subsections_item<Subs...>*) {
+    return (std::size_t{0} + ... + count_rooms<Subs>());
+}
+consteval std::size_t count_rooms_of(const void*) { return 0; }
+template <class... Items, std::size_t... I>
+consteval std::size_t count_rooms_in(const item_index<std::index_sequence<I...>, Items...>*) {
+    return (std::size_t{0} + ... + count_rooms_of(static_cast<const Items*>(nullptr)));
+}
+/// How many there are, subsections' behind a description's own.
+template <const auto& D>
+consteval std::size_t count_rooms() {
+    if constexpr (!has_item<D, item_kind::subsections>) return own_rooms<D>;
+    else return own_rooms<D> + count_rooms_in(static_cast<const items_of<D>*>(nullptr));
+}
+
+template <const auto& D, class S, class Visit>
+void visit_rooms(S& state, room* rooms, Visit visit);
+
+/// Calls `visit.operator()<Item>(state, room)` for each array of `D` itself that has one.
+template <const auto& D, class S, class Visit, std::size_t... I, class... Items>
+void visit_own_rooms(S& state, room* rooms, Visit visit, const item_index<std::index_sequence<I...>, Items...>*) {
+    [[maybe_unused]] const auto look = [&]<class Item>(const Item&, room& space) {
+        if constexpr (Item::kind == item_kind::field)
+            if constexpr (has_room<Item>()) visit.template operator()<Item>(state, space);
+    };
+    if constexpr (own_rooms<D> != 0) (look(Items{}, rooms[I]), ...);
+}
+template <const auto& Sub, class S, class Visit>
+room* visit_rooms_behind(S& state, room* rooms, Visit visit) {
+    if constexpr (count_rooms<Sub>() != 0) visit_rooms<Sub>(static_cast<struct_of<Sub>&>(state), rooms, visit);
+    return rooms + count_rooms<Sub>();
+}
+template <class... Items, std::size_t... I, class S, class Visit>
+void visit_subsections_rooms(S& state, room* rooms, Visit visit, const item_index<std::index_sequence<I...>, Items...>*) {
+    for_subsections<Items...>([&]<const auto&... Subs>(const subsections_item<Subs...>&) {
+        ((rooms = visit_rooms_behind<Subs>(state, rooms, visit)), ...);
+    });
+}
+template <const auto& D, class S, class Visit>
+void visit_rooms(S& state, room* rooms, Visit visit) {
+    visit_own_rooms<D>(state, rooms, visit, static_cast<const items_of<D>*>(nullptr));
+    if constexpr (count_rooms<D>() != own_rooms<D>)
+        visit_subsections_rooms(state, rooms + own_rooms<D>, visit, static_cast<const items_of<D>*>(nullptr));
+}
+
 template <const auto& D, int Version, std::size_t I, class Item, class S>
-[[gnu::always_inline]] inline const std::byte* load_item(reader& r, const std::byte* p, S& state, const std::int64_t* capacities,
-                                                         int version_id) {
+[[gnu::always_inline]] inline const std::byte* load_item(reader& r, const std::byte* p, S& state, [[maybe_unused]] room* rooms,
+                                                         [[maybe_unused]] int version_id) {
     constexpr planned_item plan = plan_of<D, Version>[I];
     if constexpr (Item::kind == item_kind::validation) {
         if (holds<Item::predicate>(state, version_id)) return p;
@@ -286,12 +343,12 @@ template <const auto& D, int Version, std::size_t I, class Item, class S>
                 }
             }
         }
-        if constexpr (is_plain_scalar<Item>) return decode_scalar(p, state.*Item::pointer);
+        if constexpr (is_plain_scalar<Item>) return decode_scalar(p, Item::of(state));
         else return decode_field<Item>(r, p, state);
     } else {
         if (!field_exists<Item>(state, version_id)) return p;
         r.seek(p);
-        if (!codec_of<Item>::type::load(r, state, capacities[I])) {
+        if (!codec_of<Item>::type::load(r, state, own_rooms<D> == 0 ? nullptr : rooms + I)) {
             r.failure().within(Item::name());
             return nullptr;
         }
@@ -299,65 +356,25 @@ template <const auto& D, int Version, std::size_t I, class Item, class S>
     }
 }
 
-/// Room behind arrays of the stream's length, before the stream can change the length.
-template <class Item, class S>
-std::int64_t capacity_before(const S& state) {
-    if constexpr (Item::kind == item_kind::field) {
-        using A = typename Item::attributes;
-        if constexpr (A::length_t::present) return capacity_of<Item, A::length_t::value>(state);
-        else if constexpr (A::bitmap_t::present) return capacity_of<Item, A::bitmap_t::value>(state);
-    }
-    return allocates;
-}
-/// After a failed load a length must not promise more room behind a raw pointer than there is: the next load trusts it.
-template <class Item, class S>
-void restore_length(S& state, std::int64_t capacity) {
-    if constexpr (Item::kind == item_kind::field) {
-        if constexpr (room_is_length<Item>()) {
-            constexpr auto length = length_member<typename Item::attributes>();
-            using A = typename Item::attributes;
-            std::int64_t most = capacity;
-            if constexpr (A::multiply_t::present) most /= static_cast<std::int64_t>(A::multiply_t::value);
-            if (capacity != allocates && (length_of<length>(state) < 0 || length_of<length>(state) > most))
-                state.*length = static_cast<type_of<length>>(most);
-        }
-    }
-}
-constexpr bool any_length(std::span<const item_facts> items) {
-    for (const item_facts& one : items)
-        if (!one.wire.length_name.empty()) return true;
-    return false;
-}
-
 template <const auto& D, int Version, class S, std::size_t... I, class... Items>
-[[gnu::always_inline]] inline bool load_fields(reader& r, S& state, [[maybe_unused]] int version_id,
+[[gnu::always_inline]] inline bool load_fields(reader& r, S& state, [[maybe_unused]] int version_id, [[maybe_unused]] room* rooms,
                                                const item_index<std::index_sequence<I...>, Items...>*) {
-    const std::int64_t* capacities = nullptr;
-    static constexpr std::int64_t none[sizeof...(I) + 1] = {};
-    capacities = none;
-    [[maybe_unused]] std::int64_t taken[sizeof...(I) + 1];
-    if constexpr (any_length(std::remove_cvref_t<decltype(D)>::facts())) {
-        ((taken[I] = capacity_before<Items>(state)), ...);
-        capacities = taken;
-    }
     const std::byte* p = r.cursor();
-    ((p = p == nullptr ? p : load_item<D, Version, I, Items>(r, p, state, capacities, version_id)), ...);
-    if (p == nullptr) {
-        if constexpr (any_length(std::remove_cvref_t<decltype(D)>::facts())) (restore_length<Items>(state, taken[I]), ...);
-        return false;
-    }
+    ((p = p == nullptr ? p : load_item<D, Version, I, Items>(r, p, state, rooms, version_id)), ...);
+    if (p == nullptr) return false;
     r.seek(p);
     return true;
 }
 
-/// Fields of a stream of `version_id`, on the path made for its layout; `Below` bounds the layouts still to try.
+/// Fields of a stream of version `layout`, on the path made for it; `Below` bounds the layouts still to try. Predicates
+/// are told `version_id`.
 template <const auto& D, int Below, class S>
-bool load_layout(reader& r, S& state, int version_id) {
-    constexpr int layout = layout_version(schema_for<D>(), Below);
-    if constexpr (layout > 0) {
-        if (version_id < layout && layout > D.minimum_version_id) return load_layout<D, layout - 1>(r, state, version_id);
+bool load_layout(reader& r, S& state, int version_id, int layout, room* rooms) {
+    constexpr int path = layout_version(schema_for<D>(), Below);
+    if constexpr (path > 0) {
+        if (layout < path && path > D.minimum_version_id) return load_layout<D, path - 1>(r, state, version_id, layout, rooms);
     }
-    return load_fields<D, layout>(r, state, version_id, static_cast<const items_of<D>*>(nullptr));
+    return load_fields<D, path>(r, state, version_id, rooms, static_cast<const items_of<D>*>(nullptr));
 }
 
 /// "expected 3 to 5, found 6".
@@ -369,36 +386,40 @@ inline bool refuse_version(reader& r, int version_id, int oldest, int newest) {
 }
 
 template <const auto& D, class S>
-bool load_versioned(reader& r, S& state, int version_id);
+bool load_versioned(reader& r, S& state, int version_id, room* rooms);
 
 template <const auto& Sub, class S>
-bool load_subsection(reader& r, S& state, int version_id) {
-    if (load_versioned<Sub>(r, static_cast<struct_of<Sub>&>(state), version_id)) return true;
+bool load_subsection(reader& r, S& state, int version_id, room* rooms) {
+    if (load_versioned<Sub>(r, static_cast<struct_of<Sub>&>(state), version_id, rooms)) return true;
     r.failure().within(Sub.name.substr(Sub.name.rfind('/') + 1));
     return false;
 }
 
 enum class lookup { unknown, loaded, failed };
+/// `rooms` moves on from subsection to subsection.
 template <class S, const auto&... Subs>
-lookup load_named(reader& r, S& state, std::string_view name, const std::byte* body, const subsections_item<Subs...>&) {
+lookup load_named(reader& r, S& state, std::string_view name, const std::byte* body, room*& rooms, const subsections_item<Subs...>&) {
     lookup found = lookup::unknown;
     const auto try_one = [&]<const auto& Sub>(const subsections_item<Sub>&) {
-        if (found != lookup::unknown || name != Sub.name) return;
-        r.seek(body);
-        // QEMU keeps a subsection's version in 8 bits: what it accepts, this accepts.
-        const auto version_id = static_cast<int>(r.get_be32() & 0xff);
-        if (r.failed()) r.failure().within(Sub.name.substr(Sub.name.rfind('/') + 1));
-        found = !r.failed() && load_subsection<Sub>(r, state, version_id) ? lookup::loaded : lookup::failed;
+        if (found != lookup::unknown) return;
+        if (name == Sub.name) {
+            r.seek(body);
+            // QEMU keeps a subsection's version in 8 bits: what it accepts, this accepts.
+            const auto version_id = static_cast<int>(r.get_be32() & 0xff);
+            if (r.failed()) r.failure().within(Sub.name.substr(Sub.name.rfind('/') + 1));
+            found = !r.failed() && load_subsection<Sub>(r, state, version_id, rooms) ? lookup::loaded : lookup::failed;
+        }
+        if constexpr (count_rooms<Sub>() != 0) rooms += count_rooms<Sub>();
     };
     (try_one(subsections_item<Subs>{}), ...);
     return found;
 }
 template <class S, class... Items, std::size_t... I>
-lookup load_any_named(reader& r, S& state, std::string_view name, const std::byte* body,
+lookup load_any_named(reader& r, S& state, std::string_view name, const std::byte* body, room* rooms,
                       const item_index<std::index_sequence<I...>, Items...>*) {
     lookup found = lookup::unknown;
     const auto look = [&]<class Item>(const Item& subsections) {
-        if (found == lookup::unknown) found = load_named(r, state, name, body, subsections);
+        if (found == lookup::unknown) found = load_named(r, state, name, body, rooms, subsections);
     };
     for_subsections<Items...>(look);
     return found;
@@ -407,7 +428,8 @@ lookup load_any_named(reader& r, S& state, std::string_view name, const std::byt
 /// A subsection header for a description called `parent` at the cursor: its name, and where its version stands. Empty
 /// where there is none (QEMU: vmstate_subsection_load).
 inline std::string_view peek_subsection(reader& r, std::string_view parent, const std::byte*& behind_name) {
-    if (r.peek(2) < 2 || *r.cursor() != std::byte{0x05}) return {};
+    // One byte first: behind the last body of a channel that stays open there may be no second one.
+    if (r.peek(1) < 1 || *r.cursor() != std::byte{0x05} || r.peek(2) < 2) return {};
     const auto size = std::to_integer<std::size_t>(r.cursor()[1]);
     if (size < parent.size() + 1 || r.peek(2 + size) < 2 + size) return {};
     const std::string_view name(reinterpret_cast<const char*>(r.cursor()) + 2, size);
@@ -418,7 +440,7 @@ inline std::string_view peek_subsection(reader& r, std::string_view parent, cons
 
 /// In any order, as often as they come.
 template <const auto& D, class S>
-bool load_subsections(reader& r, S& state) {
+bool load_subsections(reader& r, S& state, [[maybe_unused]] room* rooms) {
     for (;;) {
         const std::byte* behind_name = nullptr;
         // The name stands in the window: compared before anything moves on.
@@ -426,7 +448,8 @@ bool load_subsections(reader& r, S& state) {
         if (name.empty()) [[likely]] return !r.failed();
         lookup found = lookup::unknown;
         if constexpr (has_item<D, item_kind::subsections>)
-            found = load_any_named(r, state, name, behind_name, static_cast<const items_of<D>*>(nullptr));
+            found = load_any_named(r, state, name, behind_name, own_rooms<D> == 0 ? rooms : rooms + own_rooms<D>,
+                                   static_cast<const items_of<D>*>(nullptr));
         switch (found) {
         case lookup::loaded: break;
         case lookup::failed: return false;
@@ -436,29 +459,62 @@ bool load_subsections(reader& r, S& state) {
     }
 }
 
-/// pre_load, fields, subsections, post_load; `Version` bounds the layouts, `version_id` is what hooks are told.
-template <const auto& D, int Version, class S>
-bool load_hooked(reader& r, S& state, int version_id, int layout) {
-    if constexpr (has_item<D, item_kind::pre_load>) {
-        if (error failure = hook<D, item_kind::pre_load>("pre_load", state, version_id)) return r.fail(std::move(failure));
-    }
-    if (!load_layout<D, Version>(r, state, layout)) return false;
-    if (!load_subsections<D>(r, state)) return false;
-    if constexpr (has_item<D, item_kind::post_load>) {
-        if (error failure = hook<D, item_kind::post_load>("post_load", state, version_id)) return r.fail(std::move(failure));
+template <const auto& D, item_kind Kind, class S>
+bool run_loading_hook(reader& r, std::string_view name, S& state, int version_id) {
+    if constexpr (has_item<D, Kind>) {
+        if (error failure = hook<D, Kind>(name, state, version_id)) return r.fail(std::move(failure));
     }
     return true;
+}
+/// Fields, subsections, post_load; `Version` bounds the layouts, `version_id` is what hooks and predicates are told.
+template <const auto& D, int Version, class S>
+bool load_contents(reader& r, S& state, int version_id, int layout, room* rooms) {
+    return load_layout<D, Version>(r, state, version_id, layout, rooms) && load_subsections<D>(r, state, rooms) &&
+           run_loading_hook<D, item_kind::post_load>(r, "post_load", state, version_id);
+}
+
+/// An object of its own: pre_load and what comes after it. A length that comes from the stream never says more than there
+/// is, loaded or not, whatever becomes of the load.
+template <const auto& D, int Version, class S>
+bool load_entered(reader& r, S& state, int version_id, int layout) {
+    if (!run_loading_hook<D, item_kind::pre_load>(r, "pre_load", state, version_id)) return false;
+    if constexpr (count_rooms<D>() == 0) return load_contents<D, Version>(r, state, version_id, layout, nullptr);
+    else {
+        room rooms[count_rooms<D>()];
+        visit_rooms<D>(state, rooms, []<class Item>(const auto& object, room& space) { space = room_of<Item>(object); });
+        bool loaded = load_contents<D, Version>(r, state, version_id, layout, rooms);
+        if (loaded)
+            visit_rooms<D>(state, rooms, [&]<class Item>(const auto& object, room& space) {
+                if (!loaded || !says_too_much<Item>(object, space)) return;
+                using A = typename Item::attributes;
+                loaded = r.fail(error(errc::out_of_range, "a length of at most " + std::to_string(length_for<A>(space.elements)),
+                                      std::to_string(object.*length_member<A>()))
+                                    .within(Item::name()));
+            });
+        if (!loaded) visit_rooms<D>(state, rooms, []<class Item>(auto& object, room& space) { restore_length<Item>(object, space); });
+        return loaded;
+    }
+}
+/// A subsection: its object has been entered. What its pre_load puts behind a pointer is as large as it says then.
+template <const auto& D, int Version, class S>
+bool load_within(reader& r, S& state, int version_id, int layout, room* rooms) {
+    if (!run_loading_hook<D, item_kind::pre_load>(r, "pre_load", state, version_id)) return false;
+    if constexpr (has_item<D, item_kind::pre_load> && count_rooms<D>() != 0)
+        visit_rooms<D>(state, rooms, []<class Item>(const auto& object, room& space) {
+            if (memory_of<Item>(object) != space.memory) space = room_of<Item>(object);
+        });
+    return load_contents<D, Version>(r, state, version_id, layout, rooms);
 }
 
 /// A nested body: the stream has no version for it, so it is that of this side's description.
 template <const auto& D, int Version, class S>
 bool load_body(reader& r, S& state, int version_id) {
-    return load_hooked<D, Version>(r, state, version_id, Version);
+    return load_entered<D, Version>(r, state, version_id, Version);
 }
 
-/// A body that comes with its version: a section's or a subsection's.
-template <const auto& D, class S>
-bool load_versioned(reader& r, S& state, int version_id) {
+/// A body that comes with its version: a section's, or a subsection's of an object that was entered, `rooms` not null.
+template <const auto& D, bool Entered, class S>
+bool load_with_version(reader& r, S& state, int version_id, [[maybe_unused]] room* rooms) {
     if constexpr (has_item<D, item_kind::load_old>) {
         using old = the_item<D, item_kind::load_old>;
         if (version_id < D.minimum_version_id && version_id >= old::minimum) {
@@ -473,7 +529,12 @@ bool load_versioned(reader& r, S& state, int version_id) {
     }
     if (version_id > D.version_id || version_id < D.minimum_version_id)
         return refuse_version(r, version_id, D.oldest_version_id(), D.version_id);
-    return load_hooked<D, D.version_id>(r, state, version_id, version_id);
+    if constexpr (Entered) return load_within<D, D.version_id>(r, state, version_id, version_id, rooms);
+    else return load_entered<D, D.version_id>(r, state, version_id, version_id);
+}
+template <const auto& D, class S>
+bool load_versioned(reader& r, S& state, int version_id, room* rooms) {
+    return load_with_version<D, true>(r, state, version_id, rooms);
 }
 
 // --- measuring and walking -------------------------------------------------------------------------------------------

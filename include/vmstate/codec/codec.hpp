@@ -31,7 +31,7 @@ result<void> save(writer& w, S& state) {
 template <const auto& Description, class S>
     requires std::is_base_of_v<detail::struct_of<Description>, S>
 result<void> load(reader& r, S& state, int version_id) {
-    if (detail::load_versioned<Description>(r, static_cast<detail::struct_of<Description>&>(state), version_id)) [[likely]]
+    if (detail::load_with_version<Description, false>(r, static_cast<detail::struct_of<Description>&>(state), version_id, nullptr)) [[likely]]
         return {};
     return r.failure();
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // Fields: how an item of a description moves between the state and the wire. One specialisation for each form that is
-// more than a single element. Depends on codec/rows.hpp.
+// more than a single element. Depends on codec/rooms.hpp.
 #pragma once
 
 #include <algorithm>
@@ -12,15 +12,9 @@
 #include <type_traits>
 #include <utility>
 
-#include <vmstate/codec/rows.hpp>
+#include <vmstate/codec/rooms.hpp>
 
 namespace vmstate::detail {
-
-/// The value of a length member: how many it says, and whether that makes sense.
-template <auto Member, class S>
-constexpr std::int64_t length_of(const S& state) {
-    return static_cast<std::int64_t>(state.*Member);
-}
 
 /// The entry of a field as it stands in the JSON description, size left open.
 template <class Item>
@@ -57,7 +51,7 @@ struct field_codec {
         } else return one::save(w, Item::of(state));
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t) {
+    static bool load(reader& r, S& state, room*) {
         if constexpr (flat != 0) {
             const std::byte* p = r.need(flat);
             if (p == nullptr || (p = one::decode(r, p, Item::of(state))) == nullptr) return false;
@@ -116,7 +110,7 @@ struct field_codec<Item, wire_form::array> {
         return elements::save(w, shape::first(Item::of(state)) + first, count);
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t) {
+    static bool load(reader& r, S& state, room*) {
         return elements::load(r, shape::first(Item::of(state)) + first, count);
     }
     template <class S>
@@ -131,103 +125,6 @@ struct field_codec<Item, wire_form::array> {
         elements::walk(shape::first(Item::of(state)) + first, count, entry, A::when_t::present, visitor);
     }
 };
-
-/// What a container of a `sequence` or `words` field can hold, and how it grows.
-template <class M, bool IsArray = array_shape<M>::is_array>
-struct storage {
-    static constexpr container kind = sequence_shape<M>::kind;
-    using E = typename sequence_shape<M>::element;
-
-    static auto data(auto& member) {
-        if constexpr (kind == container::vector) return member.data();
-        else if constexpr (kind == container::unique_array) return member.get();
-        else return member;
-    }
-    /// Elements that may be read from the member, as far as it says.
-    static bool is_null(const M& member) {
-        if constexpr (kind == container::vector) return false;
-        else return data(member) == nullptr;
-    }
-    static std::uint64_t readable(const M& member) {
-        if constexpr (kind == container::vector) return member.size();
-        else return data(member) == nullptr ? 0 : std::numeric_limits<std::uint64_t>::max();
-    }
-    /// A raw pointer that `resize` filled is null again after a failed load: its length says more than there is.
-    static void give_back([[maybe_unused]] M& member) {
-        if constexpr (kind == container::pointer) {
-            delete[] member;
-            member = nullptr;
-        }
-    }
-    static E* resize(M& member, std::size_t have, std::size_t count) {
-        if constexpr (kind == container::vector) {
-            if (have == 0) member.clear();
-            member.resize(count);
-            return member.data();
-        } else {
-            std::remove_const_t<E>* larger = new std::remove_const_t<E>[count]();
-            E* old = data(member);
-            for (std::size_t i = 0; i != have; ++i) larger[i] = std::move(old[i]);
-            if constexpr (kind == container::unique_array) member.reset(larger);
-            else {
-                if (have != 0) delete[] old;
-                member = larger;
-            }
-            return larger;
-        }
-    }
-};
-template <class M>
-struct storage<M, true> {
-    using shape = array_shape<M>;
-    using E = typename shape::element;
-    static constexpr container kind = container::none;
-    static auto data(auto& member) { return shape::first(member); }
-    static constexpr bool is_null(const M&) { return false; }
-    static std::uint64_t readable(const M&) { return shape::count; }
-};
-
-/// The room behind a member before a load changes the length: an array's size; for a raw pointer what its length said,
-/// or its `limit`. Negative: the loader allocates.
-inline constexpr std::int64_t allocates = -1;
-
-template <class Item, auto Length, class S>
-std::int64_t capacity_of(const S& state) {
-    using A = typename Item::attributes;
-    using M = std::remove_const_t<typename Item::type>;
-    if constexpr (array_shape<M>::is_array) return static_cast<std::int64_t>(array_shape<M>::count);
-    else if constexpr (sequence_shape<M>::kind == container::pointer) {
-        if (Item::of(state) == nullptr) return allocates;
-        if constexpr (A::limit_t::present) return static_cast<std::int64_t>(A::limit_t::value);
-        else {
-            const std::int64_t held = std::max<std::int64_t>(0, length_of<Length>(state));
-            if constexpr (A::multiply_t::present)
-                return held > std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(A::multiply_t::value)
-                           ? std::numeric_limits<std::int64_t>::max()
-                           : held * static_cast<std::int64_t>(A::multiply_t::value);
-            else return held;
-        }
-    } else return allocates;
-}
-
-/// A length as a number of elements, if it can be one.
-template <class A, class Stream>
-bool checked_count(Stream& stream, std::int64_t length, std::size_t factor, std::uint64_t maximum, std::size_t& count) {
-    const auto refuse = [&](std::uint64_t most) {
-        stream.fail(error(errc::out_of_range, "a length of at most " + std::to_string(most / factor), std::to_string(length)));
-        return false;
-    };
-    if constexpr (A::limit_t::present) maximum = std::min<std::uint64_t>(maximum, A::limit_t::value);
-    if (length < 0 || static_cast<std::uint64_t>(length) > std::numeric_limits<std::size_t>::max() / 64 / factor)
-        return refuse(std::min<std::uint64_t>(maximum, std::numeric_limits<std::size_t>::max() / 64));
-    count = static_cast<std::size_t>(length) * factor;
-    return count <= maximum || refuse(maximum);
-}
-
-inline bool refuse_null(writer& w) {
-    w.fail(error(errc::null_pointer, "a pointer to as many elements as the length says", "null"));
-    return false;
-}
 
 /// As many elements as another member says.
 template <class Item>
@@ -251,25 +148,14 @@ struct field_codec<Item, wire_form::sequence> {
         auto& member = Item::of(state);
         const std::uint64_t readable = store::readable(member);
         if (store::is_null(member) && length_of<length>(state) > 0) return refuse_null(w);
-        if (!checked_count<A>(w, length_of<length>(state), factor, readable, count)) return false;
+        if (!checked_count<A, length>(w, state, factor, readable, count)) return false;
         return elements::save(w, store::data(member), count);
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t capacity) {
+    static bool load(reader& r, S& state, room* space) {
         std::size_t count = 0;
-        auto& member = Item::of(state);
-        const std::uint64_t room = capacity == allocates ? ~std::uint64_t{0} : static_cast<std::uint64_t>(capacity);
-        if (!checked_count<A>(r, length_of<length>(state), factor, room, count)) return false;
-        if constexpr (store::kind == container::none) {
-            return elements::load(r, const_cast<E*>(store::data(member)), count);
-        } else {
-            if (capacity != allocates) return elements::load(r, const_cast<E*>(store::data(member)), count);
-            const bool loaded = load_growing<E, A>(r, count, [&](std::size_t have, std::size_t next) {
-                return const_cast<E*>(store::resize(member, have, next));
-            });
-            if (!loaded) store::give_back(member);
-            return loaded;
-        }
+        if (!checked_count<A, length>(r, state, factor, store::writable(space), count)) return false;
+        return store::template load<elements, A>(r, Item::of(state), count, space, limit_in_elements<A>());
     }
     template <class S>
     static constexpr std::size_t measure(const S& state) {
@@ -310,27 +196,14 @@ struct field_codec<Item, wire_form::words> {
         std::size_t bits = 0;
         const auto& member = Item::of(state);
         if (store::is_null(member) && length_of<length>(state) > 0) return refuse_null(w);
-        if (!checked_count<A>(w, length_of<length>(state), 1, bits_in(store::readable(member)), bits)) return false;
+        if (!checked_count<A, length>(w, state, 1, bits_in(store::readable(member)), bits)) return false;
         return words::save(w, store::data(member), words_for(bits));
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t capacity) {
+    static bool load(reader& r, S& state, room* space) {
         std::size_t bits = 0;
-        auto& member = Item::of(state);
-        std::uint64_t room = ~std::uint64_t{0};
-        if constexpr (store::kind == container::none) room = bits_in(static_cast<std::uint64_t>(capacity));
-        else if (capacity != allocates) room = static_cast<std::uint64_t>(capacity);
-        if (!checked_count<A>(r, length_of<length>(state), 1, room, bits)) return false;
-        if constexpr (store::kind == container::none) {
-            return words::load(r, store::data(member), words_for(bits));
-        } else {
-            if (capacity != allocates) return words::load(r, store::data(member), words_for(bits));
-            const bool loaded = load_growing<E, attributes<>>(r, words_for(bits), [&](std::size_t have, std::size_t next) {
-                return store::resize(member, have, next);
-            });
-            if (!loaded) store::give_back(member);
-            return loaded;
-        }
+        if (!checked_count<A, length>(r, state, 1, bits_in(store::writable(space)), bits)) return false;
+        return store::template load<words, attributes<>>(r, Item::of(state), words_for(bits), space, limit_in_elements<A>());
     }
     template <class S>
     static constexpr std::size_t measure(const S& state) {
@@ -381,7 +254,7 @@ struct field_codec<Item, wire_form::bits> {
         return !w.failed();
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t) {
+    static bool load(reader& r, S& state, room*) {
         M& bits = Item::of(state);
         for (std::size_t first = 0; first < bits.size() && !r.failed(); first += 64) set_word(bits, first, r.get_be64());
         return !r.failed();
@@ -459,7 +332,7 @@ struct field_codec<Item, wire_form::queue> {
         return !w.failed();
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t) {
+    static bool load(reader& r, S& state, room*) {
         M& list = Item::of(state);
         list.clear();
         [[maybe_unused]] auto last = [&] {
@@ -530,7 +403,7 @@ struct field_codec<Item, wire_form::tree> {
         return !w.failed();
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t) {
+    static bool load(reader& r, S& state, room*) {
         M& map = Item::of(state);
         map.clear();
         const std::uint32_t nodes = r.get_be32();
@@ -611,7 +484,7 @@ struct unused_codec {
         return !w.failed();
     }
     template <class S>
-    static bool load(reader& r, S&, std::int64_t) {
+    static bool load(reader& r, S&, room*) {
         r.skip(Item::size);
         return !r.failed();
     }
@@ -646,7 +519,7 @@ struct temporary_codec {
         return save_body<Item::description, version>(w, scratch);
     }
     template <class S>
-    static bool load(reader& r, S& state, std::int64_t) {
+    static bool load(reader& r, S& state, room*) {
         T scratch = make(state);
         return load_body<Item::description, version>(r, scratch, Item::attributes::since);
     }

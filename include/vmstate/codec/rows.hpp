@@ -194,6 +194,9 @@ public:
 /// wire and no `limit` is given.
 inline constexpr std::uint64_t max_empty_elements = 65536;
 
+/// Bytes that are asked for in one step because the stream has as many left.
+inline constexpr std::size_t max_at_once = std::size_t{1} << 20;
+
 /// Grows `container` to `count` elements in steps that the bytes already read, or surely there, pay for, and loads each
 /// step before the next.
 template <class E, class A, class Resize>
@@ -209,8 +212,9 @@ bool load_growing(reader& r, std::size_t count, Resize resize) {
         return r.fail(error(errc::truncated, std::to_string(count) + " elements of at least " + std::to_string(minimum) + " bytes",
                             std::to_string(remaining) + " bytes"));
     }
-    // Where the end is known the bytes are there; elsewhere they come first, then the memory for more.
-    const bool sure = remaining != ~std::uint64_t{0} && row<E, A>::flat != 0;
+    // Where the end is known the bytes are there; elsewhere they come first, then the memory for more. A file may have
+    // holes, and an element may be larger here than on the wire.
+    const bool sure = remaining != ~std::uint64_t{0} && row<E, A>::flat != 0 && count <= max_at_once / sizeof(E);
     std::size_t have = 0;
     while (have != count) {
         const std::size_t next = sure ? count : have + std::min(count - have, std::max(step, have));
@@ -218,7 +222,6 @@ bool load_growing(reader& r, std::size_t count, Resize resize) {
         if (!row<E, A>::load(r, elements + have, next - have, have)) return false;
         have = next;
     }
-    if (count == 0) resize(0, 0);
     return true;
 }
 

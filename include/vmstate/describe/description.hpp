@@ -42,7 +42,7 @@ struct item_facts {
     const void* owner = nullptr;   // which struct the member is of: a base class may have one of the same name
     const void* when = nullptr;    // which predicate
     std::string_view predicate;    // and how it is spelled: with -fsanitize=undefined g++ can't tell two addresses apart
-    bool room_is_length = false;   // behind a raw pointer: what the length says before a load
+    bool has_room = false;         // behind a pointer: as much as its length says before a load
     bool sliced = false;
     std::size_t first = 0;
     std::size_t count = 0;
@@ -252,7 +252,7 @@ consteval item_facts facts_of() {
                 facts.when = &type_id<constant<A::when_t::value>>;
                 facts.predicate = type_spelling<constant<A::when_t::value>>();
             }
-            if constexpr (Item::kind == item_kind::field) facts.room_is_length = room_is_length<Item>();
+            if constexpr (Item::kind == item_kind::field) facts.has_room = has_room<Item>();
             if constexpr (A::slice_t::present) {
                 facts.sliced = true;
                 facts.first = A::slice_t::low;
@@ -440,20 +440,6 @@ constexpr broken_rule check_lengths(std::span<const member_facts> members,
                     return {refusal::a_length_must_come_before_its_array, array.item};
     }
     return {};
-}
-
-/// Room behind a raw pointer is what its length says before a load. In a subsection that is too late where the length is
-/// a field of `outer`: it has come from the stream already.
-constexpr bool trusts_a_loaded_length(std::span<const member_facts> outer, std::span<const subsection_facts> subsections) {
-    for (const subsection_facts& sub : subsections) {
-        for (const member_facts& array : sub.members) {
-            if (!array.is_field || !array.field->room_is_length) continue;
-            for (const member_facts& length : outer)
-                if (length.is_field && length.name == array.field->wire.length_name) return true;
-        }
-        if (trusts_a_loaded_length(outer, sub.subsections)) return true;
-    }
-    return false;
 }
 
 constexpr broken_rule check_subsections(std::span<const subsection_facts> subsections,
@@ -714,9 +700,6 @@ consteval void check_description(const description_header& header) {
         const broken_rule in_lengths = check_lengths(member_list<S, Items...>, subsection_list<Items...>, header.minimum_version_id);
         if (in_lengths.rule == refusal::a_length_must_be_present_whenever_its_array_is)
             rules::a_length_must_be_present_whenever_its_array_is<S>();
-
-        if (trusts_a_loaded_length(member_list<S, Items...>, subsection_list<Items...>))
-            rules::an_array_behind_a_pointer_must_have_limit_where_its_length_is_in_an_outer_description<S>();
 
         if constexpr (check_completeness<S, Items...>() == completeness::incomplete)
             refuse_incomplete<S, Items...>();

@@ -64,9 +64,6 @@ template <class Where>
 void a_member_must_not_be_described_twice() {}
 template <class Where>
 void two_fields_must_not_have_one_wire_name() {}
-/// The room behind a raw pointer is what its length says before the load: an outer description has loaded it by then.
-template <class Where>
-void an_array_behind_a_pointer_must_have_limit_where_its_length_is_in_an_outer_description() {}
 template <class Where>
 void a_subsection_must_not_be_given_twice() {}
 template <class Where>

@@ -461,13 +461,13 @@ consteval refusal why_no_form() {
     else return why_no_element<M, A, true>();
 }
 
-/// Behind a raw pointer without `limit` there is as much room as the length says before a load.
+/// Behind a pointer there is as much room as its length says before a load.
 template <class Item>
-consteval bool room_is_length() {
+consteval bool has_room() {
     using A = typename Item::attributes;
     using M = std::remove_const_t<typename Item::type>;
-    return (A::length_t::present || A::bitmap_t::present) && !A::limit_t::present && !array_shape<M>::is_array &&
-           sequence_shape<M>::kind == container::pointer;
+    return (A::length_t::present || A::bitmap_t::present) && !array_shape<M>::is_array &&
+           (sequence_shape<M>::kind == container::pointer || sequence_shape<M>::kind == container::unique_array);
 }
 /// The member that holds the length.
 template <class A>
