@@ -398,9 +398,6 @@ TEST_CASE("a null pointer with a length is allocated on load, and refused on sav
 
     CHECK(why_not_saved<vmstate_borrowed>(borrowed{.count = 1}) == errc::null_pointer);
     CHECK(saved<vmstate_borrowed>(borrowed{}) == hex("00000000"));
-    borrowed empty;
-    CHECK(outcome(loaded<vmstate_borrowed>("00000000", empty)) == "ok");
-    delete[] empty.values;
 }
 
 namespace {
@@ -427,6 +424,137 @@ TEST_CASE("a unique_ptr to an array is allocated on load, whatever it held") {
     without.count = 1;
     CHECK(why_not_saved<vmstate_owned>(without) == errc::null_pointer);
     check_every_prefix_is_refused<vmstate_owned>("0003 0001 0002 0003", 0, [] { return owned{}; });
+}
+
+namespace {
+
+struct vbuffer_u64 {
+    std::uint64_t size = 0;
+    std::vector<std::uint8_t> data;
+};
+constexpr auto vmstate_vbuffer_u64 = describe<vbuffer_u64>(
+    {.name = "vbuffer"}, field<&vbuffer_u64::size>, field<&vbuffer_u64::data, length<&vbuffer_u64::size>>);
+
+} // namespace
+
+// --- the room behind a pointer, when the stream changes its length ---------------------------------------------------
+
+namespace {
+
+struct roomy {
+    std::uint8_t id = 0;
+    std::uint32_t count = 0;
+    std::uint32_t* values = nullptr;
+};
+bool always(const roomy&) { return true; }
+constexpr auto vmstate_roomy_both = describe<roomy>(
+    {.name = "roomy/both"}, needed<always>,
+    field<&roomy::count>, field<&roomy::values, length<&roomy::count>, limit<64>>);
+constexpr auto vmstate_roomy = describe<roomy>({.name = "roomy"}, field<&roomy::id>, subsection<vmstate_roomy_both>);
+
+constexpr auto vmstate_siblings_count = describe<roomy>({.name = "siblings/count"}, needed<always>, field<&roomy::count>);
+constexpr auto vmstate_siblings_values = describe<roomy>(
+    {.name = "siblings/values"}, needed<always>, field<&roomy::values, length<&roomy::count>>);
+constexpr auto vmstate_siblings = describe<roomy>(
+    {.name = "siblings"}, field<&roomy::id>, subsection<vmstate_siblings_count, vmstate_siblings_values>);
+
+constexpr auto vmstate_younger_array = describe<roomy>(
+    {.name = "younger", .version_id = 2, .minimum_version_id = 1},
+    transient<&roomy::id>, field<&roomy::count>, field<&roomy::values, length<&roomy::count>, since<2>>);
+
+std::string subsection_bytes(std::string_view name, std::string_view body) {
+    return " 05 " + hex(std::span<const std::byte>(std::array{static_cast<std::byte>(name.size())})) + " '" + std::string(name) +
+           "' 00000000 " + std::string(body);
+}
+const std::string sixty_four = [] {
+    std::string text = "00000040";
+    for (int i = 0; i != 64; ++i) text += " 01020304";
+    return text;
+}();
+
+} // namespace
+
+TEST_CASE("memory that a load allocated has room for as many as limit says") {
+    // The subsection comes twice, the second time with more.
+    roomy state;
+    REQUIRE(outcome(loaded<vmstate_roomy>("00" + subsection_bytes("roomy/both", "00000001 00000007") +
+                                              subsection_bytes("roomy/both", sixty_four), state)) == "ok");
+    CHECK(state.count == 64);
+    CHECK(state.values[63] == 0x01020304);
+    const std::uint32_t* const before = state.values;
+    REQUIRE(outcome(loaded<vmstate_roomy>("00" + subsection_bytes("roomy/both", "00000001 00000009"), state)) == "ok");
+    CHECK(state.values == before);
+    CHECK(state.values[0] == 9);
+    delete[] state.values;
+}
+
+TEST_CASE("a length from one subsection does not make the room in another look larger") {
+    const std::unique_ptr<std::uint32_t[]> values(new std::uint32_t[4]());
+    roomy state{.count = 4, .values = values.get()};
+    CHECK(outcome(loaded<vmstate_siblings>("00" + subsection_bytes("siblings/count", sixty_four.substr(0, 8)) +
+                                               subsection_bytes("siblings/values", sixty_four.substr(9)), state)) ==
+          failure(errc::out_of_range, "siblings/values/values", 46));
+    CHECK(state.count == 4);
+    REQUIRE(outcome(loaded<vmstate_siblings>("00" + subsection_bytes("siblings/count", "00000002") +
+                                                 subsection_bytes("siblings/values", "00000005 00000006"), state)) == "ok");
+    CHECK(values[1] == 6);
+}
+
+TEST_CASE("a length that came without its array must not say more than there is") {
+    const std::unique_ptr<std::uint32_t[]> values(new std::uint32_t[4]());
+    roomy state{.count = 4, .values = values.get()};
+    CHECK(loaded<vmstate_younger_array>("00000040", state, 1).error() == errc::out_of_range);
+    CHECK(state.count == 4);
+    REQUIRE(outcome(loaded<vmstate_younger_array>("00000003", state, 1)) == "ok");
+    CHECK(state.count == 3);
+
+    // Alone, the subsection with the length does no harm either.
+    CHECK(loaded<vmstate_siblings>("00" + subsection_bytes("siblings/count", "00000040"), state).error() == errc::out_of_range);
+    CHECK(state.count == 3);
+}
+
+TEST_CASE("a load that fails leaves no length that says more than there is: unique_ptr") {
+    owned state;
+    state.count = 2;
+    state.values = std::make_unique<std::uint16_t[]>(2);
+    CHECK(loaded<vmstate_owned>("1000 0001", state).has_error());
+    CHECK((state.values == nullptr || state.count <= 2));
+    CHECK(to_bytes<vmstate_owned>(state).has_value() == (state.values != nullptr));
+    REQUIRE(outcome(loaded<vmstate_owned>("0003 0001 0002 0003", state)) == "ok");
+    CHECK(saved<vmstate_owned>(state) == hex("0003 0001 0002 0003"));
+}
+
+TEST_CASE("a null pointer stays null where nothing comes, and is allocated when something does") {
+    borrowed state;
+    REQUIRE(outcome(loaded<vmstate_borrowed>("00000000", state)) == "ok");
+    CHECK(state.values == nullptr);
+    REQUIRE(outcome(loaded<vmstate_borrowed>("00000003 00000001 00000002 00000003", state)) == "ok");
+    REQUIRE(state.values != nullptr);
+    CHECK(state.values[2] == 3);
+    delete[] state.values;
+}
+
+namespace {
+
+struct checked_vector {
+    std::uint32_t count = 0;
+    std::vector<std::uint32_t> values;
+};
+constexpr auto vmstate_checked_vector = describe<checked_vector>(
+    {.name = "checked"}, field<&checked_vector::count>, field<&checked_vector::values, length<&checked_vector::count>, equal>);
+
+} // namespace
+
+TEST_CASE("a load goes over the elements that a vector has") {
+    checked_vector state{.count = 2, .values = {5, 6}};
+    CHECK(outcome(loaded<vmstate_checked_vector>("00000002 00000005 00000006", state)) == "ok");
+    CHECK(outcome(loaded<vmstate_checked_vector>("00000002 00000005 00000007", state)) ==
+          failure(errc::value_mismatch, "checked/values[1]", 8));
+}
+
+TEST_CASE("an unsigned length is reported as one") {
+    vbuffer_u64 state;
+    CHECK_THAT(loaded<vmstate_vbuffer_u64>("ffffffffffffffff", state).error().message(), contains("18446744073709551615"));
 }
 
 namespace {

@@ -400,6 +400,7 @@ constexpr auto vmstate_clock_card = describe<clock_card>(
 TEST_CASE("a temporary has the wire form, and its hooks convert") {
     clock_card state;
     CHECK(saved<vmstate_clock_card>(state) == hex("000c 07"));
+    CHECK(saved<vmstate_clock_card>(std::as_const(state)) == hex("000c 07"));
     REQUIRE(outcome(loaded<vmstate_clock_card>("0006 08", state)) == "ok");
     CHECK(state.baud == 19200);
     CHECK(state.after == 8);
@@ -430,6 +431,27 @@ constexpr auto vmstate_shrunk = describe<shrunk>(
     field<&shrunk::b>);
 
 } // namespace
+
+namespace {
+
+struct outgrown {
+    std::uint16_t count = 0;
+    std::uint8_t after = 7;
+};
+constexpr auto vmstate_outgrown = describe<outgrown>(
+    {.name = "outgrown"}, field<&outgrown::count>, unused<3, length<&outgrown::count>>, field<&outgrown::after>);
+
+} // namespace
+
+TEST_CASE("unused bytes may have a length (VMSTATE_UNUSED_VARRAY_UINT32)") {
+    CHECK(saved<vmstate_outgrown>(outgrown{.count = 2}) == hex("0002 000000 000000 07"));
+    CHECK(saved<vmstate_outgrown>(outgrown{}) == hex("0000 07"));
+    outgrown state;
+    REQUIRE(outcome(loaded<vmstate_outgrown>("0001 ffffff 09", state)) == "ok");
+    CHECK(state.after == 9);
+    check_every_prefix_is_refused<vmstate_outgrown>("0002 ffffff ffffff 09", 0, [] { return outgrown{}; });
+    CHECK(fingerprint_of<vmstate_outgrown>() != fingerprint_of<vmstate_shrunk>());
+}
 
 TEST_CASE("unused bytes are written as zeros and skipped on load") {
     CHECK(saved<vmstate_shrunk>(shrunk{}) == hex("00 000000 01 0000 02"));

@@ -327,6 +327,31 @@ constexpr auto v3_from_2 = describe<s>({.name = "s", .version_id = 3, .minimum_v
 static_assert(loads<v3_from_2, v2>);
 static_assert(!loads<v3_from_2, v1>);
 
+// A struct inside another one grows by a subsection, as the guide advises.
+struct inner {
+    std::uint8_t a = 0, extra = 0;
+};
+struct outer {
+    inner one{}, two{};
+    std::uint8_t after = 0;
+};
+bool has_extra(const inner&) { return true; }
+constexpr auto inner_extra = describe<inner>({.name = "inner/extra"}, needed<has_extra>, field<&inner::extra>);
+constexpr auto inner_old = describe<inner>({.name = "inner"}, field<&inner::a>, transient<&inner::extra>);
+constexpr auto inner_new = describe<inner>({.name = "inner"}, field<&inner::a>, subsection<inner_extra>);
+constexpr auto outer_old = describe<outer>({.name = "outer"}, field<&outer::one, as<inner_old>>,
+                                           field<&outer::two, as<inner_old>>, field<&outer::after>);
+constexpr auto outer_new = describe<outer>({.name = "outer"}, field<&outer::one, as<inner_new>>,
+                                           field<&outer::two, as<inner_new>>, field<&outer::after>);
+constexpr auto outer_half = describe<outer>({.name = "outer"}, field<&outer::one, as<inner_old>>,
+                                            field<&outer::two, as<inner_new>>, field<&outer::after>);
+static_assert(loads<outer_new, outer_old>);
+static_assert(loads<outer_new, outer_new>);
+static_assert(loads<outer_new, outer_half>);
+static_assert(loads<outer_half, outer_old>);
+static_assert(!loads<outer_old, outer_new>);
+static_assert(!loads<outer_half, outer_new>);
+
 // A field removed needs something in its place.
 constexpr auto removed = describe<s>({.name = "s", .version_id = 2, .minimum_version_id = 1}, partial, field<&s::a>, field<&s::c, since<2>>);
 constexpr auto replaced = describe<s>({.name = "s", .version_id = 2, .minimum_version_id = 1}, partial,

@@ -83,6 +83,50 @@ TEST_CASE("the path of an error leads through the structs and says which element
     CHECK(with_byte(31) == failure(errc::out_of_range, "board/last[0]/control", 31));
 }
 
+namespace {
+
+struct lane {
+    std::uint16_t low = 0, high = 0;
+};
+constexpr auto vmstate_lane = describe<lane>({.name = "lane"}, field<&lane::low>, field<&lane::high>);
+struct road {
+    std::uint8_t id = 0;
+    lane lanes[3]{};
+    std::uint8_t tail[2]{};
+};
+constexpr auto vmstate_road = describe<road>(
+    {.name = "road"}, field<&road::id>, field<&road::lanes, as<vmstate_lane>>, field<&road::tail>);
+struct owner_of_one {
+    std::vector<std::unique_ptr<lane>> lanes;
+    std::uint32_t count = 0;
+};
+constexpr auto vmstate_owner_of_one = describe<owner_of_one>(
+    {.name = "owner"}, field<&owner_of_one::count>, field<&owner_of_one::lanes, length<&owner_of_one::count>, as<vmstate_lane>>);
+
+} // namespace
+
+TEST_CASE("a stream that ends inside flat structs is named down to the field") {
+    road state;
+    const result<void> r = loaded<vmstate_road>("01 0002 0003 0004 00", state);
+    CHECK(outcome(r) == failure(errc::truncated, "road/lanes[1]/high", 7));
+    CHECK(r.error().message() == "road/lanes[1]/high: stream ends too early: expected 2 bytes, found 1 (offset 7)");
+    CHECK(outcome(loaded<vmstate_road>("01 0002 0003 0004 0005 0006 0007 01", state)) ==
+          failure(errc::truncated, "road/tail", 13));
+}
+
+TEST_CASE("a vector keeps the objects that it points to") {
+    owner_of_one state;
+    state.count = 2;
+    state.lanes.push_back(std::make_unique<lane>(lane{1, 2}));
+    state.lanes.push_back(nullptr);
+    const lane* const first = state.lanes[0].get();
+    CHECK(saved<vmstate_owner_of_one>(state) == hex("00000002 0001 0002 30"));
+    REQUIRE(outcome(loaded<vmstate_owner_of_one>("00000002 0005 0006 30", state)) == "ok");
+    CHECK(state.lanes[0].get() == first);
+    CHECK(first->high == 6);
+    CHECK(loaded<vmstate_owner_of_one>("00000002 0005 0006 0007 0008", state).error() == errc::bad_marker);
+}
+
 // --- versions of nested structs --------------------------------------------------------------------------------------
 
 namespace {

@@ -249,18 +249,45 @@ bool save_body(writer& w, S& state) {
 
 // --- loading ---------------------------------------------------------------------------------------------------------
 
-/// The stream has ended in the run that begins with item `i`: names the field that it ends in.
-[[gnu::cold, gnu::noinline]] inline void truncated_run(reader& r, const item_facts* items, const planned_item* plan, std::size_t i) {
-    if (r.failed() && r.failure().code() != errc::truncated) return;
-    std::size_t there = r.window();
+/// Where a stream ends inside flat fields: what is left of it, and how much of them came before.
+struct truncation {
+    std::size_t there;
     std::size_t before = 0;
-    for (; plan[i].flat == 0 || plan[i].flat <= there; ++i) {
-        there -= plan[i].flat;
-        before += plan[i].flat;
+
+    bool has(std::size_t bytes) {
+        if (bytes > there) return false;
+        there -= bytes;
+        before += bytes;
+        return true;
     }
-    error failure(errc::truncated, std::to_string(plan[i].flat) + (plan[i].flat == 1 ? " byte" : " bytes"),
-                  std::to_string(there));
-    failure.at_offset(r.offset() + before).within(items[i].wire.name);
+};
+/// The path below `field` of what the stream ends in, and how many bytes that has.
+[[gnu::cold, gnu::noinline]] inline std::size_t end_inside(error& failure, const schema_field& field, int version, truncation& end) {
+    const std::size_t whole = flat_size(field, version);
+    if (!field.has_nested) return whole;
+    const std::size_t elements = field.repeat == repetition::once ? 1 : field.count;
+    std::size_t index = 0;
+    while (end.has(whole / elements)) ++index;
+    std::size_t wanted = 0;
+    for (const schema_field& inner : field.nested->fields) {
+        if (inner.since > field.nested_version || end.has(flat_size(inner, field.nested_version))) continue;
+        wanted = end_inside(failure, inner, field.nested_version, end);
+        failure.within(inner.name);
+        break;
+    }
+    if (field.repeat != repetition::once) failure.at_index(index);
+    return wanted;
+}
+/// The stream has ended in the run that begins with item `i`: names the field that it ends in.
+[[gnu::cold, gnu::noinline]] inline void truncated_run(reader& r, const item_facts* items, const planned_item* plan, std::size_t i,
+                                                       int version) {
+    if (r.failed() && r.failure().code() != errc::truncated) return;
+    truncation end{r.window()};
+    while (plan[i].flat == 0 || end.has(plan[i].flat)) ++i;
+    error path(errc::truncated);
+    const std::size_t wanted = end_inside(path, items[i].wire, version, end);
+    error failure(errc::truncated, std::to_string(wanted) + (wanted == 1 ? " byte" : " bytes"), std::to_string(end.there));
+    failure.at_offset(r.offset() + end.before).within(path.path()).within(items[i].wire.name);
     r.failure() = std::move(failure);
 }
 
@@ -338,7 +365,7 @@ template <const auto& D, int Version, std::size_t I, class Item, class S>
                 r.seek(p);
                 p = r.need(plan.run);
                 if (p == nullptr) {
-                    truncated_run(r, std::remove_cvref_t<decltype(D)>::facts().data(), plan_of<D, Version>.data(), I);
+                    truncated_run(r, std::remove_cvref_t<decltype(D)>::facts().data(), plan_of<D, Version>.data(), I, Version);
                     return nullptr;
                 }
             }

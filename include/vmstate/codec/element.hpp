@@ -252,7 +252,7 @@ struct element<E, A, wire_form::structure> {
     }
     template <class Member>
     static void walk(Member& member, field_visitor& visitor) {
-        visitor.begin_nested(description.name, description.version_id);
+        visitor.begin_nested(description.name, version);
         walk_body<description, version>(as_base(member), visitor);
         visitor.end_nested();
     }

@@ -464,11 +464,14 @@ struct field_codec<Item, wire_form::tree> {
     }
 };
 
-/// Bytes without a meaning any more.
+/// Bytes without a meaning any more; with a length, so many for each.
 template <class Item>
 struct unused_codec {
-    static constexpr std::size_t flat = Item::size <= max_flat ? Item::size : 0;
-    static constexpr std::size_t minimum = Item::size;
+    using A = typename Item::attributes;
+    static constexpr bool counted = A::length_t::present;
+    static constexpr std::size_t flat = !counted && Item::size <= max_flat ? Item::size : 0;
+    static constexpr std::size_t minimum = counted ? 0 : Item::size;
+
     template <class S>
     [[gnu::always_inline]] static std::byte* encode(std::byte* p, const S&) {
         std::memset(p, 0, Item::size);
@@ -479,23 +482,36 @@ struct unused_codec {
         return p + Item::size;
     }
     template <class S>
-    static bool save(writer& w, S&) {
-        w.fill(std::byte{0}, Item::size);
+    static bool save(writer& w, S& state) {
+        std::size_t bytes = Item::size;
+        if (!count(w, state, bytes)) return false;
+        w.fill(std::byte{0}, bytes);
         return !w.failed();
     }
     template <class S>
-    static bool load(reader& r, S&, room*) {
-        r.skip(Item::size);
+    static bool load(reader& r, S& state, room*) {
+        std::size_t bytes = Item::size;
+        if (!count(r, state, bytes)) return false;
+        r.skip(bytes);
         return !r.failed();
     }
     template <class S>
-    static constexpr std::size_t measure(const S&) {
-        return Item::size;
+    static constexpr std::size_t measure(const S& state) {
+        if constexpr (counted) return static_cast<std::size_t>(std::max<std::int64_t>(0, length_of<A::length_t::value>(state))) * Item::size;
+        else return Item::size;
     }
     template <class S>
-    static void walk(S&, field_visitor& visitor) {
-        visitor.begin_field({"unused", "unused_buffer", Item::size, 1, field_event::no_index});
+    static void walk(S& state, field_visitor& visitor) {
+        visitor.begin_field({"unused", "unused_buffer", measure(state), 1, field_event::no_index});
         visitor.end_field();
+    }
+
+private:
+    template <class Stream, class S>
+    static bool count(Stream& stream, const S& state, std::size_t& bytes) {
+        if constexpr (counted)
+            return checked_count<A, A::length_t::value>(stream, state, Item::size, std::numeric_limits<std::uint64_t>::max(), bytes);
+        else return true;
     }
 };
 
@@ -515,7 +531,8 @@ struct temporary_codec {
     }
     template <class S>
     static bool save(writer& w, S& state) {
-        T scratch = make(state);
+        // It refers back to the state, and what a save does to that is for hooks to say.
+        T scratch = make(const_cast<std::remove_const_t<S>&>(state));
         return save_body<Item::description, version>(w, scratch);
     }
     template <class S>
@@ -527,20 +544,18 @@ struct temporary_codec {
     static constexpr std::size_t measure(S& state) {
         if constexpr (flat_size(schema_for<Item::description>(), version) != 0)
             return flat_size(schema_for<Item::description>(), version);
-        else if constexpr (std::is_constructible_v<T, S&> || requires { T{state}; }) {
-            const T scratch = make(state);
+        else {
+            const T scratch = make(const_cast<std::remove_const_t<S>&>(state)); // it refers back, and changes nothing here
             return measure_body<Item::description, version>(scratch);
-        } else return measure(const_cast<std::remove_const_t<S>&>(state)); // it refers back, and changes nothing here
+        }
     }
     template <class S>
     static void walk(S& state, field_visitor& visitor) {
         visitor.begin_field({"tmp", "tmp", measure(state), 1, field_event::no_index});
-        if constexpr (!std::is_const_v<S>) {
-            T scratch = make(state);
-            visitor.begin_nested(description.name, description.version_id);
-            walk_body<Item::description, version>(scratch, visitor);
-            visitor.end_nested();
-        }
+        T scratch = make(const_cast<std::remove_const_t<S>&>(state));
+        visitor.begin_nested(description.name, description.version_id);
+        walk_body<Item::description, version>(scratch, visitor);
+        visitor.end_nested();
         visitor.end_field();
     }
 };

@@ -156,7 +156,7 @@ private:
         if constexpr (marked) {
             if (member == nullptr) {
                 entry.size = 1;
-                entry.type = "uint8"; // the marker
+                entry.type = "ptr-marker"; // as the newest QEMU calls it
                 visitor.begin_field(entry);
                 visitor.end_field();
             } else {
@@ -184,7 +184,7 @@ public:
             if (field.conditional) return false;
             if (field.has_nested && field.type == "struct" && !compressible(*field.nested)) return false;
         }
-        return body.subsections.empty();
+        return body.subsections.empty() && !body.has_validate;
     }
 };
 

@@ -111,8 +111,10 @@ consteval refusal why_no_field() {
                                A::slice_t::high > array_shape<M>::rows - A::slice_t::low)
                 return refusal::a_slice_must_lie_inside_its_array;
         }
-        if constexpr (A::multiply_t::present && form != wire_form::sequence)
-            return refusal::an_attribute_must_fit_its_member;
+        if constexpr (A::multiply_t::present) {
+            if constexpr (form != wire_form::sequence || A::multiply_t::value == 0)
+                return refusal::an_attribute_must_fit_its_member;
+        }
         if constexpr (A::limit_t::present && form != wire_form::sequence && form != wire_form::queue &&
                       form != wire_form::tree && form != wire_form::words)
             return refusal::an_attribute_must_fit_its_member;
@@ -144,6 +146,45 @@ consteval refusal why_no_field() {
 
 template <class M>
 inline constexpr refusal why_no_plain_field = why_no_form<M, attributes<>>();
+template <class M>
+inline constexpr refusal why_no_plain_field<const M> = refusal::a_const_member_can_not_be_loaded;
+
+/// A codec may load what a const member refers to.
+template <class M, class A>
+consteval bool loads_const() {
+    if constexpr (!std::is_const_v<M>) return true;
+    else if constexpr (A::coded_t::present) return requires(reader& r, M& value) { A::coded_t::type::load(r, value); };
+    else return false;
+}
+
+/// `f(S&)`, and for `post_load` also `f(S&, int)`; returns nothing, bool or `result<void>`.
+template <auto Hook, class S, bool MayTakeVersion>
+consteval refusal why_no_hook() {
+    using function = std::remove_cv_t<decltype(Hook)>;
+    if constexpr (takes_copy<function, S>) return refusal::a_hook_must_take_its_struct_by_reference_not_a_copy;
+    else if constexpr (callable_on<function, S>)
+        return is_hook_result<result_of_call<Hook, S>> ? refusal::none
+                                                       : refusal::a_hook_must_return_nothing_bool_or_result;
+    else if constexpr (MayTakeVersion && callable_on<function, S, int>)
+        return is_hook_result<result_of_call<Hook, S, int>> ? refusal::none
+                                                            : refusal::a_hook_must_return_nothing_bool_or_result;
+    else return refusal::a_hook_must_take_the_described_struct;
+}
+/// `f(reader&, S&, int)`.
+template <auto Hook, class S>
+consteval refusal why_no_load_old() {
+    using function = std::remove_cv_t<decltype(Hook)>;
+    if constexpr (takes_copy<function, S>) return refusal::a_hook_must_take_its_struct_by_reference_not_a_copy;
+    else if constexpr (requires(reader& r, S& s) { Hook(r, s, 0); })
+        return is_hook_result<decltype(Hook(std::declval<reader&>(), std::declval<S&>(), 0))>
+                   ? refusal::none
+                   : refusal::a_hook_must_return_nothing_bool_or_result;
+    else if constexpr (requires(reader& r, S& s) { (s.*Hook)(r, 0); })
+        return is_hook_result<decltype((std::declval<S&>().*Hook)(std::declval<reader&>(), 0))>
+                   ? refusal::none
+                   : refusal::a_hook_must_return_nothing_bool_or_result;
+    else return refusal::a_hook_must_take_the_described_struct;
+}
 
 /// Fields that an element's saver (at the element's own version) and loader (at the field's) would see differently.
 constexpr bool gated_differently(const schema& element, int loaded_version) {
@@ -181,6 +222,8 @@ consteval refusal why_no_item(const schema_field& wire) {
     if constexpr (Item::kind == item_kind::field) {
         constexpr refusal why = why_no_field<S, std::remove_const_t<typename Item::type>, typename Item::attributes>();
         if constexpr (why != refusal::none) return why;
+        else if constexpr (!loads_const<typename Item::type, typename Item::attributes>())
+            return refusal::a_const_member_can_not_be_loaded;
         else if (wire.repeat == repetition::list || wire.repeat == repetition::map)
             return gated_differently(*wire.nested, Item::attributes::since) ||
                            (wire.has_key && gated_differently(*wire.key, Item::attributes::since))
@@ -197,7 +240,13 @@ consteval refusal why_no_item(const schema_field& wire) {
                        : refusal::none;
     } else if constexpr (Item::kind == item_kind::unused) {
         using A = typename Item::attributes;
-        return A::is_checked || A::slice_t::present || A::length_t::present || A::as_t::present || A::coded_t::present ||
+        if constexpr (A::length_t::present) {
+            if constexpr (!std::is_base_of_v<owner_of<A::length_t::value>, S>)
+                return refusal::a_member_must_belong_to_the_described_struct;
+            else if constexpr (!std::is_integral_v<type_of<A::length_t::value>> || std::is_same_v<type_of<A::length_t::value>, bool>)
+                return refusal::a_length_must_be_an_integer;
+        }
+        return A::is_checked || A::slice_t::present || A::as_t::present || A::coded_t::present ||
                        A::bitmap_t::present || A::is_timer || A::limit_t::present || A::key_as_t::present
                    ? refusal::an_attribute_must_fit_its_member
                    : refusal::none;
@@ -209,14 +258,11 @@ consteval refusal why_no_item(const schema_field& wire) {
                                                  : refusal::a_predicate_must_take_the_described_struct_and_return_bool;
     } else if constexpr (Item::kind == item_kind::pre_load || Item::kind == item_kind::pre_save ||
                          Item::kind == item_kind::post_save) {
-        return is_hook<Item::function, S, false>() ? refusal::none : refusal::a_hook_must_take_the_described_struct;
+        return why_no_hook<Item::function, S, false>();
     } else if constexpr (Item::kind == item_kind::post_load) {
-        return is_hook<Item::function, S, true>() ? refusal::none : refusal::a_hook_must_take_the_described_struct;
+        return why_no_hook<Item::function, S, true>();
     } else if constexpr (Item::kind == item_kind::load_old) {
-        if constexpr (requires(reader& r, S& s) { Item::function(r, s, 0); } ||
-                      requires(reader& r, S& s) { (s.*Item::function)(r, 0); })
-            return refusal::none;
-        else return refusal::a_hook_must_take_the_described_struct;
+        return why_no_load_old<Item::function, S>();
     } else if constexpr (Item::kind == item_kind::subsections || Item::kind == item_kind::transient)
         return belongs<S>(Item{}) ? refusal::none : refusal::a_member_must_belong_to_the_described_struct;
     else return refusal::none;
@@ -239,7 +285,7 @@ consteval item_facts facts_of() {
         // The quick way for most fields: nothing here depends on the member but its name.
         using M = std::remove_const_t<typename Item::type>;
         if constexpr (std::is_base_of_v<typename Item::owner, S>) {
-            facts.why = why_no_plain_field<M>;
+            facts.why = why_no_plain_field<typename Item::type>;
             facts.wire = type_schema<M, attributes<>>;
             facts.wire.name = Item::name();
             facts.owner = &type_id<typename Item::owner>;
@@ -490,6 +536,13 @@ constexpr broken_rule check_items(std::span<const item_facts> items) {
 /// Where a rule is broken: shown in the compiler's message.
 template <class Struct, class Item>
 struct in_description_of {};
+/// How an item is shown there.
+template <class Item>
+struct shown_item {
+    using type = Item;
+};
+template <class Struct, class Item>
+using where_in = in_description_of<Struct, typename shown_item<Item>::type>;
 
 template <std::size_t I, class Item>
 struct indexed_item {
@@ -611,19 +664,38 @@ inline constexpr schema schema_storage{
     Description.fields(), Description.bodies(),
     Description.has(item_kind::pre_load) || Description.has(item_kind::post_load) ||
         Description.has(item_kind::pre_save) || Description.has(item_kind::post_save) ||
-        Description.has(item_kind::validation)};
+        Description.has(item_kind::validation),
+    Description.has(item_kind::validation)};
 
 template <const auto& Description>
 constexpr const schema& schema_for() {
     return schema_storage<Description>;
 }
 
+template <class S, const auto& Subsection>
+consteval void check_subsection_name(std::string_view parent) {
+    constexpr bool is_historic = std::remove_cvref_t<decltype(Subsection)>::has_historic_name;
+    const std::string_view name = Subsection.name;
+    if (name.size() <= parent.size() + (is_historic ? 0 : 1) || name.substr(0, parent.size()) != parent ||
+        (name[parent.size()] != '/' && !is_historic))
+        rules::a_subsection_name_must_start_with_its_parents_name_and_a_slash<
+            in_description_of<S, subsections_item<Subsection>>>();
+}
+template <class S, const auto&... Subsections>
+consteval void check_subsection_names(std::string_view parent, const subsections_item<Subsections...>&) {
+    (check_subsection_name<S, Subsections>(parent), ...);
+}
+
+/// What is wrong with an item in view of the header.
 template <class S, class Item>
-consteval void check_since([[maybe_unused]] int version_id) {
-    if constexpr (requires { typename Item::attributes::since_t; }) {
-        if constexpr (Item::attributes::since_t::present)
-            if (Item::attributes::since > version_id)
-                rules::since_must_not_be_above_version_id<in_description_of<S, Item>>();
+consteval void check_in_header([[maybe_unused]] const description_header& header, [[maybe_unused]] bool length_may_be_absent) {
+    if constexpr (Item::kind == item_kind::subsections) check_subsection_names<S>(header.name, Item{});
+    else if constexpr (is_wire_item<Item>) {
+        using A = typename Item::attributes;
+        if constexpr (A::since_t::present)
+            if (A::since > header.version_id) rules::since_must_not_be_above_version_id<where_in<S, Item>>();
+        if constexpr (A::length_t::present || A::bitmap_t::present)
+            if (length_may_be_absent) rules::a_length_must_be_present_whenever_its_array_is<where_in<S, Item>>();
     }
 }
 
@@ -651,12 +723,16 @@ consteval int first_forgotten() {
     }(std::make_index_sequence<static_cast<std::size_t>(Count)>{});
     return found;
 }
+template <std::size_t Size>
+consteval auto text_of(std::string_view name) {
+    member_text<Size> copy;
+    for (std::size_t i = 0; i != Size; ++i) copy.text[i] = name[i];
+    return copy;
+}
 template <class S, std::size_t I>
 consteval auto text_of_member() {
     constexpr std::string_view name = bound_name<S, I>();
-    member_text<name.size()> copy;
-    for (std::size_t i = 0; i != name.size(); ++i) copy.text[i] = name[i];
-    return copy;
+    return text_of<name.size()>(name);
 }
 template <class S, class... Items>
 consteval void refuse_incomplete() {
@@ -673,33 +749,27 @@ template <class S, class... Items>
 consteval void check_description(const description_header& header) {
     constexpr broken_rule by_types = first_broken_rule<S, Items...>();
     if constexpr (by_types.rule != refusal::none) {
-        refuse<by_types.rule, in_description_of<S, nth_item<by_types.item, Items...>>>();
+        refuse<by_types.rule, where_in<S, nth_item<by_types.item, Items...>>>();
     } else {
         if (header.name.empty()) rules::a_description_must_have_a_name<S>();
         if (header.name.size() > 255) rules::a_name_must_have_at_most_255_bytes<S>();
         if (header.version_id < 0 || header.minimum_version_id < 0) rules::version_ids_must_not_be_negative<S>();
         if (header.minimum_version_id > header.version_id)
             rules::minimum_version_id_must_not_be_above_version_id<S>();
-        (check_since<S, Items>(header.version_id), ...);
 
         constexpr broken_rule in_subsections =
             check_subsections(subsection_list<Items...>, schema_fields<S, Items...>, schema_subsections<Items...>);
         if constexpr (in_subsections.rule != refusal::none)
-            refuse<in_subsections.rule, in_description_of<S, nth_item<in_subsections.item, Items...>>>();
-        for (const subsection_facts& one : subsection_list<Items...>) {
-            const std::string_view name = one.body->name;
-            const std::size_t length = header.name.size();
-            if (name.size() <= length + (one.has_historic_name ? 0 : 1) || name.substr(0, length) != header.name ||
-                (name[length] != '/' && !one.has_historic_name))
-                rules::a_subsection_name_must_start_with_its_parents_name_and_a_slash<S>();
-        }
+            refuse<in_subsections.rule, where_in<S, nth_item<in_subsections.item, Items...>>>();
 
         constexpr broken_rule length_order = check_lengths(member_list<S, Items...>, subsection_list<Items...>, max_version);
         if constexpr (length_order.rule != refusal::none)
-            refuse<length_order.rule, in_description_of<S, nth_item<length_order.item, Items...>>>();
+            refuse<length_order.rule, where_in<S, nth_item<length_order.item, Items...>>>();
         const broken_rule in_lengths = check_lengths(member_list<S, Items...>, subsection_list<Items...>, header.minimum_version_id);
-        if (in_lengths.rule == refusal::a_length_must_be_present_whenever_its_array_is)
-            rules::a_length_must_be_present_whenever_its_array_is<S>();
+        [[maybe_unused]] std::size_t item = 0;
+        [[maybe_unused]] const std::size_t with_absent_length =
+            in_lengths.rule == refusal::a_length_must_be_present_whenever_its_array_is ? in_lengths.item : sizeof...(Items);
+        (check_in_header<S, Items>(header, item++ == with_absent_length), ...);
 
         if constexpr (check_completeness<S, Items...>() == completeness::incomplete)
             refuse_incomplete<S, Items...>();
@@ -723,7 +793,8 @@ constexpr const schema& schema_of() {
 }
 
 /// Changes when, and only when, the wire changes: name, version, order and width of what is sent, its gates (in the
-/// versions that are accepted), which field is a length, subsections. Names of fields aren't on the wire.
+/// versions that are accepted), which field is a length, subsections. Names of fields aren't on the wire. That a
+/// predicate decides is seen, which one it is isn't: what a function answers is no constant.
 template <const auto& Description>
 constexpr std::uint64_t fingerprint_of() {
     constexpr std::uint64_t value = [] {

@@ -53,15 +53,13 @@ inline constexpr bool is_hook_result =
     std::is_void_v<Result> || std::same_as<Result, bool> || std::same_as<Result, result<void>> ||
     std::same_as<Result, error>;
 
-/// `f(S&)`, and for `post_load` also `f(S&, int)`; returns nothing, bool or `result<void>`.
-template <auto Hook, class S, bool MayTakeVersion>
-consteval bool is_hook() {
-    using function = decltype(Hook);
-    if constexpr (callable_on<function, S>) return is_hook_result<result_of_call<Hook, S>>;
-    else if constexpr (MayTakeVersion && callable_on<function, S, int>)
-        return is_hook_result<result_of_call<Hook, S, int>>;
-    else return false;
-}
+/// A plain function whose parameter is the struct itself (or its base), not a reference to it.
+template <class Function, class S>
+inline constexpr bool takes_copy = false;
+template <class Result, class... Parameters, class S>
+inline constexpr bool takes_copy<Result (*)(Parameters...), S> = (false || ... || std::is_base_of_v<Parameters, S>);
+template <class Result, class... Parameters, class S>
+inline constexpr bool takes_copy<Result (*)(Parameters...) noexcept, S> = (false || ... || std::is_base_of_v<Parameters, S>);
 
 /// What a hook returned, as an error or none.
 template <class Call>

@@ -61,7 +61,7 @@ inline constexpr int attribute_kind<vmstate::between<L, H>> = 5;
 template <std::size_t F, std::size_t C>
 inline constexpr int attribute_kind<vmstate::slice<F, C>> = 6;
 template <auto M>
-inline constexpr int attribute_kind<vmstate::length<M>> = 7;
+inline constexpr int attribute_kind<vmstate::length<M>> = std::is_member_object_pointer_v<decltype(M)> ? 7 : 0;
 template <std::size_t K>
 inline constexpr int attribute_kind<vmstate::multiply<K>> = 8;
 template <std::size_t K>
@@ -71,7 +71,7 @@ inline constexpr int attribute_kind<vmstate::as<D, V...>> = 10;
 template <const auto& D>
 inline constexpr int attribute_kind<vmstate::key_as<D>> = 11;
 template <auto M>
-inline constexpr int attribute_kind<vmstate::bitmap<M>> = 12;
+inline constexpr int attribute_kind<vmstate::bitmap<M>> = std::is_member_object_pointer_v<decltype(M)> ? 12 : 0;
 template <>
 inline constexpr int attribute_kind<vmstate::as_timer> = 13;
 template <class C>
@@ -84,6 +84,7 @@ consteval bool distinct_attributes() {
     ((distinct = distinct && (seen & (1u << attribute_kind<List>)) == 0, seen |= 1u << attribute_kind<List>), ...);
     return distinct;
 }
+/// Attributes that exist, with arguments that they can have.
 template <class... List>
 consteval bool known_attributes() {
     return (true && ... && (attribute_kind<List> != 0));

@@ -76,6 +76,19 @@ struct reflected_item : wire_item<item_kind::field, List...> {
     }
 };
 
+/// Where a rule is broken, such a member is shown by its name.
+template <class S, member_text Name>
+struct reflected_member {};
+template <class S, std::size_t I>
+consteval auto text_of_reflected() {
+    constexpr std::string_view name = reflection<S>::template name<I>();
+    return text_of<name.size()>(name);
+}
+template <class S, std::size_t I, class... List>
+struct shown_item<reflected_item<S, I, List...>> {
+    using type = reflected_member<S, text_of_reflected<S, I>()>;
+};
+
 /// The last identifier in the name of a type, for nested structs without a description of their own.
 template <class T>
 inline constexpr std::string_view type_name = last_identifier(type_spelling<T>());
@@ -109,9 +122,36 @@ consteval auto item_for() {
     else return reflected_item<S, I>{};
 }
 
+template <auto... Members>
+consteval bool names_member(std::string_view name, const transient_item<Members...>&) {
+    return (false || ... || (member_name<Members> == name));
+}
+consteval bool names_member(std::string_view, const auto&) { return false; }
+
+/// The members that no `transient` among the items names.
+template <class S, class... Items>
+consteval auto reflected_members() {
+    struct {
+        std::size_t size = 0;
+        std::size_t at[reflection<S>::count + 1]{};
+    } kept;
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+        const auto look = [&](std::size_t i, std::string_view name) {
+            if (!(false || ... || names_member(name, Items{}))) kept.at[kept.size++] = i;
+        };
+        (look(I, reflection<S>::template name<I>()), ...);
+    }(std::make_index_sequence<reflection<S>::count>{});
+    return kept;
+}
+
 template <class S, std::size_t... I, class... Items>
 consteval auto reflect_all(description_header header, std::index_sequence<I...>, Items... items) {
-    return describe<S>(header, item_for<S, I>()..., items...);
+    if constexpr ((false || ... || (Items::kind == item_kind::transient))) {
+        constexpr auto kept = reflected_members<S, Items...>();
+        return [&]<std::size_t... K>(std::index_sequence<K...>) {
+            return describe<S>(header, item_for<S, kept.at[K]>()..., items...);
+        }(std::make_index_sequence<kept.size>{});
+    } else return describe<S>(header, item_for<S, I>()..., items...);
 }
 
 template <class S, class... Items>

@@ -23,16 +23,36 @@ template <class Where>
 void a_reference_has_no_wire_form() {}
 template <class Where>
 void a_function_has_no_wire_form() {}
+/// void, or a struct that is only declared here: in a device struct that is mostly a wire, a backend, a parent.
 template <class Where>
-void a_vector_must_have_length() {}
+void a_pointer_to_an_incomplete_type_has_no_wire_form_is_it_transient() {}
+template <class Where>
+void a_const_member_can_not_be_loaded() {}
+template <class Where>
+void an_optional_has_a_wire_form_only_with_as_timer() {}
+template <class Where>
+void a_vector_string_or_unique_ptr_to_array_must_have_length() {}
 template <class Where>
 void a_list_or_map_must_have_as() {}
+template <class Where>
+void elements_of_a_list_or_map_must_be_structs_with_a_description() {}
+template <class Where>
+void a_key_of_a_map_must_be_an_integer_or_have_key_as() {}
+/// QEMU has no VSTRUCT of lists and trees: their elements travel at their description's own version.
+template <class Where>
+void elements_of_a_list_or_map_can_not_have_a_version_in_as() {}
 template <class Where>
 void this_type_has_no_wire_form() {}
 template <class Where>
 void a_predicate_must_take_the_described_struct_and_return_bool() {}
 template <class Where>
 void a_hook_must_take_the_described_struct() {}
+/// What it did to a copy would be lost.
+template <class Where>
+void a_hook_must_take_its_struct_by_reference_not_a_copy() {}
+/// QEMU's hooks return an int, of which the sign is the verdict: not here.
+template <class Where>
+void a_hook_must_return_nothing_bool_or_result() {}
 template <class Where>
 void the_description_in_as_must_describe_the_elements_type() {}
 template <class Where>
@@ -114,16 +134,32 @@ consteval void refuse() {
         rules::a_reference_has_no_wire_form<Where>();
     else if constexpr (Rule == refusal::a_function_has_no_wire_form)
         rules::a_function_has_no_wire_form<Where>();
-    else if constexpr (Rule == refusal::a_vector_must_have_length)
-        rules::a_vector_must_have_length<Where>();
+    else if constexpr (Rule == refusal::a_pointer_to_an_incomplete_type_has_no_wire_form_is_it_transient)
+        rules::a_pointer_to_an_incomplete_type_has_no_wire_form_is_it_transient<Where>();
+    else if constexpr (Rule == refusal::a_const_member_can_not_be_loaded)
+        rules::a_const_member_can_not_be_loaded<Where>();
+    else if constexpr (Rule == refusal::an_optional_has_a_wire_form_only_with_as_timer)
+        rules::an_optional_has_a_wire_form_only_with_as_timer<Where>();
+    else if constexpr (Rule == refusal::a_vector_string_or_unique_ptr_to_array_must_have_length)
+        rules::a_vector_string_or_unique_ptr_to_array_must_have_length<Where>();
     else if constexpr (Rule == refusal::a_list_or_map_must_have_as)
         rules::a_list_or_map_must_have_as<Where>();
+    else if constexpr (Rule == refusal::elements_of_a_list_or_map_must_be_structs_with_a_description)
+        rules::elements_of_a_list_or_map_must_be_structs_with_a_description<Where>();
+    else if constexpr (Rule == refusal::a_key_of_a_map_must_be_an_integer_or_have_key_as)
+        rules::a_key_of_a_map_must_be_an_integer_or_have_key_as<Where>();
+    else if constexpr (Rule == refusal::elements_of_a_list_or_map_can_not_have_a_version_in_as)
+        rules::elements_of_a_list_or_map_can_not_have_a_version_in_as<Where>();
     else if constexpr (Rule == refusal::this_type_has_no_wire_form)
         rules::this_type_has_no_wire_form<Where>();
     else if constexpr (Rule == refusal::a_predicate_must_take_the_described_struct_and_return_bool)
         rules::a_predicate_must_take_the_described_struct_and_return_bool<Where>();
     else if constexpr (Rule == refusal::a_hook_must_take_the_described_struct)
         rules::a_hook_must_take_the_described_struct<Where>();
+    else if constexpr (Rule == refusal::a_hook_must_take_its_struct_by_reference_not_a_copy)
+        rules::a_hook_must_take_its_struct_by_reference_not_a_copy<Where>();
+    else if constexpr (Rule == refusal::a_hook_must_return_nothing_bool_or_result)
+        rules::a_hook_must_return_nothing_bool_or_result<Where>();
     else if constexpr (Rule == refusal::the_description_in_as_must_describe_the_elements_type)
         rules::the_description_in_as_must_describe_the_elements_type<Where>();
     else if constexpr (Rule == refusal::a_slice_must_lie_inside_its_array)

@@ -62,6 +62,7 @@ struct schema {
     std::span<const schema_field> fields;
     std::span<const schema* const> subsections;
     bool has_hooks = false;             ///< pre_load, post_load, pre_save, post_save or validate
+    bool has_validate = false;
 };
 
 namespace detail {
@@ -185,6 +186,10 @@ consteval schema_field describe_item() {
         entry.repeat = repetition::array;
         entry.size = 1;
         entry.count = Item::size;
+        if constexpr (A::length_t::present) {
+            entry.repeat = repetition::by_length;
+            entry.length_name = member_name<A::length_t::value>;
+        }
     } else if constexpr (Item::kind == item_kind::temporary) {
         entry.type = "tmp";
         entry.nested = &schema_for<Item::description>();
@@ -299,15 +304,17 @@ struct wire_unit {
         end,        // its end
         version,    // what follows comes with a version
         subsection,
+        subsections, // those of a nested body may follow (unit_list)
     };
     tag what = tag::integer;
     std::uint64_t size = 0;
     std::uint64_t count = 0;
     std::string_view text{};
     const void* condition = nullptr;
+    const schema* body = nullptr;
 };
 
-/// Feeds the units of a body to `sink`, which merges neighbours.
+/// Feeds the units of a body to `sink`, which merges neighbours. A sink that compares bodies takes subsections as such.
 template <class Sink>
 constexpr void units_of(const schema& body, int version, Sink& sink);
 
@@ -372,6 +379,10 @@ constexpr void units_of(const schema& body, int version, Sink& sink) {
             units_of_field(body, field, sink);
         }
     }
+    if constexpr (Sink::keeps_subsections_apart) {
+        if (!body.subsections.empty()) sink.add({tag::subsections, 0, 0, {}, nullptr, &body});
+        return;
+    }
     for (const schema* one : body.subsections) {
         sink.add({tag::subsection, static_cast<std::uint64_t>(one->version_id), 0, one->name});
         units_of(*one, one->version_id, sink);
@@ -382,6 +393,8 @@ constexpr void units_of(const schema& body, int version, Sink& sink) {
 /// Hashes units (FNV-1a), neighbours of one kind merged.
 class unit_hash {
 public:
+    static constexpr bool keeps_subsections_apart = false;
+
     constexpr void add(wire_unit next) {
         if (mergeable(next)) {
             pending_.count += next.count;
@@ -426,6 +439,8 @@ private:
 /// Collects units, neighbours of one kind merged.
 class unit_list {
 public:
+    static constexpr bool keeps_subsections_apart = true;
+
     constexpr void add(wire_unit next) {
         if (!list_.empty()) {
             wire_unit& last = list_.back();

@@ -48,11 +48,19 @@ enum class refusal {
     a_union_has_no_wire_form,
     a_reference_has_no_wire_form,
     a_function_has_no_wire_form,
-    a_vector_must_have_length,
+    a_pointer_to_an_incomplete_type_has_no_wire_form_is_it_transient,
+    a_const_member_can_not_be_loaded,
+    an_optional_has_a_wire_form_only_with_as_timer,
+    a_vector_string_or_unique_ptr_to_array_must_have_length,
     a_list_or_map_must_have_as,
+    elements_of_a_list_or_map_must_be_structs_with_a_description,
+    a_key_of_a_map_must_be_an_integer_or_have_key_as,
+    elements_of_a_list_or_map_can_not_have_a_version_in_as,
     this_type_has_no_wire_form,
     a_predicate_must_take_the_described_struct_and_return_bool,
     a_hook_must_take_the_described_struct,
+    a_hook_must_take_its_struct_by_reference_not_a_copy,
+    a_hook_must_return_nothing_bool_or_result,
     the_description_in_as_must_describe_the_elements_type,
     a_slice_must_lie_inside_its_array,
     between_bounds_must_fit_the_members_type,
@@ -160,7 +168,7 @@ struct array_shape {
     using element = T;
     static constexpr std::size_t count = 1;
     static constexpr T* first(T& value) { return &value; }
-    static constexpr const T* first(const T& value) { return &value; }
+    static constexpr const T* first(const T& value) requires(!std::is_const_v<T>) { return &value; }
 };
 template <class T, std::size_t N>
 struct array_shape<T[N]> {
@@ -304,7 +312,8 @@ concept is_bit_vector = requires(T& c) {
 template <class T>
 consteval bool is_timer() {
     using value = typename optional_value<T>::type;
-    return is_chrono<value> || (std::is_integral_v<value> && sizeof(value) == 8);
+    if constexpr (std::is_integral_v<value>) return sizeof(value) == 8; // else it may be incomplete
+    else return is_chrono<value>;
 }
 
 // --- descriptions of nested things -----------------------------------------------------------------------------------
@@ -387,6 +396,10 @@ struct element_of {
 
 // --- why not ---------------------------------------------------------------------------------------------------------
 
+/// Not of a type that is only declared so far.
+template <class T>
+concept complete_type = requires { sizeof(T); };
+
 /// std::function and its relatives.
 template <class>
 inline constexpr bool wraps_function = false;
@@ -410,17 +423,19 @@ consteval refusal why_no_element() {
     else if constexpr (pointer_shape<E>::is_pointer) {
         using pointee = typename pointer_shape<E>::pointee;
         if constexpr (std::is_function_v<pointee>) return refusal::a_function_has_no_wire_form;
-        else if constexpr (std::is_void_v<pointee>) return refusal::this_type_has_no_wire_form;
-        else if constexpr (std::is_class_v<pointee> && !has_description<std::remove_const_t<pointee>, A>())
-            return refusal::a_struct_member_must_have_a_description; // before its size is asked: it may be incomplete
+        else if constexpr (std::is_void_v<pointee> || (std::is_class_v<pointee> && !complete_type<pointee>))
+            return refusal::a_pointer_to_an_incomplete_type_has_no_wire_form_is_it_transient;
+        else if constexpr (std::is_class_v<pointee> && std::is_const_v<pointee>)
+            return refusal::a_const_member_can_not_be_loaded;
         else if constexpr (Alone && is_scalar<pointee>() && !A::as_t::present)
             return refusal::a_pointer_to_a_scalar_must_have_length;
         else if constexpr (pointer_shape<pointee>::is_pointer) return refusal::this_type_has_no_wire_form;
         else return why_no_element<std::remove_const_t<pointee>, A, false>();
     } else if constexpr (std::is_class_v<E>) {
         if constexpr (!has_description<E, A>())
-            return wraps_function<E> ? refusal::a_function_has_no_wire_form
-                                     : refusal::a_struct_member_must_have_a_description;
+            return wraps_function<E>  ? refusal::a_function_has_no_wire_form
+                   : optional_type<E> ? refusal::an_optional_has_a_wire_form_only_with_as_timer
+                                      : refusal::a_struct_member_must_have_a_description;
         else if constexpr (!describes<nested<E, A>::description, E>)
             return refusal::the_description_in_as_must_describe_the_elements_type;
         else if constexpr (nested<E, A>::version > nested<E, A>::description.version_id)
@@ -441,23 +456,31 @@ consteval refusal why_no_form() {
             return refusal::an_attribute_must_fit_its_member;
         else return why_no_element<typename element_of<M>::type, A, false>();
     } else if constexpr (form == wire_form::array) {
-        return why_no_element<typename array_shape<M>::element, A, false>();
+        if constexpr (std::is_const_v<typename array_shape<M>::element>) return refusal::a_const_member_can_not_be_loaded;
+        else return why_no_element<typename array_shape<M>::element, A, false>();
     } else if constexpr (form == wire_form::bits) return refusal::none;
     else if constexpr (form == wire_form::queue || form == wire_form::tree) {
         using element = std::conditional_t<form == wire_form::queue, typename queue_shape<M>::element,
                                            typename tree_shape<M>::element>;
         using key = typename tree_shape<M>::key;
-        if constexpr (!std::is_class_v<element> || !has_description<element, A>()) return refusal::a_list_or_map_must_have_as;
+        if constexpr (!std::is_class_v<element>)
+            return refusal::elements_of_a_list_or_map_must_be_structs_with_a_description;
+        else if constexpr (!has_description<element, A>()) return refusal::a_list_or_map_must_have_as;
         else if constexpr (!describes<nested<element, A>::description, element>)
             return refusal::the_description_in_as_must_describe_the_elements_type;
+        else if constexpr (nested<element, A>::versioned)
+            return refusal::elements_of_a_list_or_map_can_not_have_a_version_in_as;
         else if constexpr (form == wire_form::queue) return refusal::none;
         else if constexpr (A::key_as_t::present)
             return describes<A::key_as_t::description, key> ? refusal::none
                                                             : refusal::the_description_in_as_must_describe_the_elements_type;
-        else return std::is_integral_v<key> || std::is_enum_v<key> ? refusal::none : refusal::a_list_or_map_must_have_as;
+        else
+            return std::is_integral_v<key> || std::is_enum_v<key>
+                       ? refusal::none
+                       : refusal::a_key_of_a_map_must_be_an_integer_or_have_key_as;
     } else if constexpr (sequence_shape<M>::kind == container::vector ||
                          sequence_shape<M>::kind == container::unique_array)
-        return refusal::a_vector_must_have_length;
+        return refusal::a_vector_string_or_unique_ptr_to_array_must_have_length;
     else return why_no_element<M, A, true>();
 }
 
