@@ -1,4 +1,4 @@
-// EXPECT: a_hook_must_take_the_described_struct
+// EXPECT: a_hook_must_return_nothing_bool_or_result
 // SPDX-License-Identifier: BSL-1.0
 #include <cstdint>
 

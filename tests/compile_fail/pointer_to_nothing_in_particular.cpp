@@ -1,4 +1,4 @@
-// EXPECT: this_type_has_no_wire_form
+// EXPECT: a_pointer_to_an_incomplete_type_has_no_wire_form_is_it_transient
 // SPDX-License-Identifier: BSL-1.0
 #include <cstdint>
 

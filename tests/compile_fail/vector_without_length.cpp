@@ -1,4 +1,4 @@
-// EXPECT: a_vector_must_have_length
+// EXPECT: a_vector_string_or_unique_ptr_to_array_must_have_length
 // SPDX-License-Identifier: BSL-1.0
 #include <cstdint>
 #include <vector>

@@ -123,10 +123,10 @@ consteval auto item_for() {
 }
 
 template <auto... Members>
-consteval bool names_member(std::string_view name, const transient_item<Members...>&) {
+constexpr bool names_member(std::string_view name, const transient_item<Members...>&) {
     return (false || ... || (member_name<Members> == name));
 }
-consteval bool names_member(std::string_view, const auto&) { return false; }
+constexpr bool names_member(std::string_view, const auto&) { return false; }
 
 /// The members that no `transient` among the items names.
 template <class S, class... Items>
@@ -144,14 +144,15 @@ consteval auto reflected_members() {
     return kept;
 }
 
+template <class S, class... Items, std::size_t... K>
+consteval auto reflected_indexes(std::index_sequence<K...>) {
+    constexpr auto kept = reflected_members<S, Items...>();
+    return std::index_sequence<kept.at[K]...>{};
+}
+
 template <class S, std::size_t... I, class... Items>
 consteval auto reflect_all(description_header header, std::index_sequence<I...>, Items... items) {
-    if constexpr ((false || ... || (Items::kind == item_kind::transient))) {
-        constexpr auto kept = reflected_members<S, Items...>();
-        return [&]<std::size_t... K>(std::index_sequence<K...>) {
-            return describe<S>(header, item_for<S, kept.at[K]>()..., items...);
-        }(std::make_index_sequence<kept.size>{});
-    } else return describe<S>(header, item_for<S, I>()..., items...);
+    return describe<S>(header, item_for<S, I>()..., items...);
 }
 
 template <class S, class... Items>
@@ -159,6 +160,9 @@ consteval auto reflect_items(description_header header, Items... items) {
     if constexpr (has_reference<S>()) {
         rules::a_reference_has_no_wire_form<S>();
         return describe<S>(header, partial);
+    } else if constexpr ((false || ... || (Items::kind == item_kind::transient))) {
+        constexpr std::size_t kept = reflected_members<S, Items...>().size;
+        return reflect_all<S>(header, reflected_indexes<S, Items...>(std::make_index_sequence<kept>{}), items...);
     } else return reflect_all<S>(header, std::make_index_sequence<reflection<S>::count>{}, items...);
 }
 
