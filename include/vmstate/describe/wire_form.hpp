@@ -384,7 +384,8 @@ template <class M>
 consteval bool is_word_holder() {
     using element = std::conditional_t<array_shape<M>::is_array, typename array_shape<M>::element,
                                        typename sequence_shape<M>::element>;
-    return std::is_integral_v<element> && std::is_unsigned_v<element> && sizeof(element) == 8;
+    if constexpr (std::is_integral_v<element>) return std::is_unsigned_v<element> && sizeof(element) == 8;
+    else return false;
 }
 
 /// The element type of an array or a sequence.
