@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// The writer over a channel. Small things gather in a buffer; a block that doesn't fit goes out together with them, in
-// one vectored call and uncopied. Depends on codec/writer.hpp and channel.hpp.
+// The writer over a channel. Small things gather in a buffer; a block that doesn't fit, and what is written by reference,
+// goes out together with them, in one vectored call and uncopied. Depends on codec/writer.hpp and channel.hpp.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <utility>
 
 #include <vmstate/codec/writer.hpp>
 #include <vmstate/stream/channel.hpp>
@@ -27,6 +28,18 @@ public:
         , size_(std::max(window, max_reserve))
         , buffer_(std::make_unique_for_overwrite<std::byte[]>(size_)) {
         set_window(buffer_.get(), buffer_.get(), buffer_.get() + size_, 0);
+    }
+
+    /// Writes `bytes` in their turn without copying them: they stay where they are until `flush`, and what they hold when
+    /// they leave is what is written. Many of them leave in one call, with what was written between them.
+    void write_reference(std::span<const std::byte> bytes) {
+        if (bytes.empty() || failed()) return;
+        if (part_count_ + 2 > max_parts) send({});
+        if (failed()) return;
+        close_part();
+        parts_[part_count_++] = bytes;
+        // The window's base is where its first byte would be in the stream: the bytes beside the buffer move it.
+        set_window(window_begin(), cursor(), window_end(), window_base() + bytes.size());
     }
 
     /// Everything written so far goes to the channel.
@@ -50,21 +63,31 @@ private:
         std::memcpy(cursor(), data + first, count - first);
         commit(cursor() + (count - first));
     }
+    /// What is in the buffer behind the last reference becomes a part of its own.
+    void close_part() noexcept {
+        if (cursor() != part_begin_) parts_[part_count_++] = {part_begin_, cursor()};
+        part_begin_ = cursor();
+    }
     void send(std::span<const std::byte> block) {
-        const std::span<const std::byte> buffered(window_begin(), cursor());
-        if (buffered.empty() && block.empty()) return;
-        const std::array<std::span<const std::byte>, 2> parts{buffered, block};
-        const std::span<const std::span<const std::byte>> both(parts);
-        result<void> sent = channel_.writev(buffered.empty() ? both.last(1)
-                                            : block.empty()  ? both.first(1)
-                                                             : both);
+        close_part();
+        if (!block.empty()) parts_[part_count_++] = block;
+        if (part_count_ == 0) return;
+        const std::size_t count = std::exchange(part_count_, 0);
+        part_begin_ = buffer_.get();
+        result<void> sent = channel_.writev(std::span<const std::span<const std::byte>>(parts_.data(), count));
         if (!sent) return fail(sent.error());
         set_window(buffer_.get(), buffer_.get(), buffer_.get() + size_, offset() + block.size());
     }
 
+    /// Pairs of something buffered and something by reference; at the end something buffered and a large block.
+    static constexpr std::size_t max_parts = 2 * 128;
+
     output_channel& channel_;
     std::size_t size_;
     std::unique_ptr<std::byte[]> buffer_;
+    std::array<std::span<const std::byte>, max_parts + 2> parts_; ///< what the next call writes, in order
+    std::size_t part_count_ = 0;
+    std::byte* part_begin_ = buffer_.get(); ///< in the buffer: what comes before it is in `parts_`
 };
 
 } // namespace vmstate
