@@ -4,6 +4,7 @@
 // pipe to a command, memory, something of the user's) the rest of the library never knows. Depends on support/.
 #pragma once
 
+#include <chrono>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +19,8 @@
 
 namespace vmstate {
 
+class duplex_channel;
+
 /// What every channel can do. One thread uses a channel at a time; `shutdown` alone may come from another one.
 class channel {
 public:
@@ -31,6 +34,14 @@ public:
     /// Makes a read or write that blocks in another thread, and every later one, fail; does nothing on channels that
     /// can't block for long.
     virtual void shutdown() noexcept {}
+    /// The other direction of the same connection, for another thread to use at the same time: the source's forward
+    /// channel gives what the destination writes back, the destination's gives the way to write it. Each of the two is
+    /// closed on its own; `shutdown` of one ends both. `errc::unsupported` where there is no way back. (QEMU:
+    /// qemu_file_get_return_path.)
+    virtual result<std::unique_ptr<duplex_channel>> get_return_path();
+    /// The longest that a later read or write may wait for the peer without a byte moved; then it fails with `errc::io`,
+    /// "timed out". 0, as it is at first, is for ever. False where this channel can't bound its waits.
+    virtual bool set_timeout(std::chrono::milliseconds) noexcept { return false; }
 
 protected:
     channel() = default;
@@ -56,6 +67,10 @@ public:
 /// A channel with both directions, such as a socket: the way back carries the return path.
 class duplex_channel : public input_channel, public output_channel {};
 
+inline result<std::unique_ptr<duplex_channel>> channel::get_return_path() {
+    return error(errc::unsupported, "a channel with a return path", "one that goes in one direction");
+}
+
 /// A user's own type to read from: `read_some(into)` fills a part of `into` and returns how much, 0 at the end.
 template <class Source>
 concept byte_source =
@@ -72,7 +87,7 @@ concept byte_sink =
 
 namespace detail {
 
-/// `close` and `shutdown` of the user's type, where it has them. `User` is a value or a reference.
+/// What every channel can do, by the user's type, where it has it. `User` is a value or a reference.
 template <class Base, class User>
 class user_channel : public Base {
 public:
@@ -88,6 +103,22 @@ public:
     }
     void shutdown() noexcept override {
         if constexpr (requires { user_.shutdown(); }) user_.shutdown();
+    }
+    result<std::unique_ptr<duplex_channel>> get_return_path() override {
+        if constexpr (requires {
+                          { user_.get_return_path() } -> std::convertible_to<result<std::unique_ptr<duplex_channel>>>;
+                      })
+            return user_.get_return_path();
+        else
+            return Base::get_return_path();
+    }
+    bool set_timeout(std::chrono::milliseconds timeout) noexcept override {
+        if constexpr (requires {
+                          { user_.set_timeout(timeout) } -> std::convertible_to<bool>;
+                      })
+            return user_.set_timeout(timeout);
+        else
+            return Base::set_timeout(timeout);
     }
 
 protected:

@@ -12,9 +12,11 @@
 #include <utility>
 #include <variant>
 
+#include <vmstate/stream/connect.hpp>
 #include <vmstate/stream/exec_channel.hpp>
 #include <vmstate/stream/fd_channel.hpp>
 #include <vmstate/stream/file_channel.hpp>
+#include <vmstate/stream/listener.hpp>
 #include <vmstate/stream/uri.hpp>
 
 namespace vmstate {
@@ -27,6 +29,7 @@ public:
     explicit failed_output(error failure) noexcept : failure_(std::move(failure)) {}
     result<void> writev(std::span<const std::span<const std::byte>>) override { return failure_; }
     result<void> close() override { return failure_; }
+    result<std::unique_ptr<duplex_channel>> get_return_path() override { return failure_; }
 
 private:
     error failure_;
@@ -36,6 +39,7 @@ public:
     explicit failed_input(error failure) noexcept : failure_(std::move(failure)) {}
     result<std::size_t> read_some(std::span<const std::span<std::byte>>) override { return failure_; }
     result<void> close() override { return failure_; }
+    result<std::unique_ptr<duplex_channel>> get_return_path() override { return failure_; }
 
 private:
     error failure_;
@@ -101,6 +105,14 @@ inline result<std::unique_ptr<output_channel>> open_output_at(const fd_uri& numb
     if (!fd) return fd.error();
     return std::unique_ptr<output_channel>(std::make_unique<fd_output_channel>(std::move(*fd)));
 }
+// As in QEMU the source connects, and the destination listens for it.
+template <class Address>
+    requires socket_address<Address>
+result<std::unique_ptr<output_channel>> open_output_at(const Address& address) {
+    result<std::unique_ptr<duplex_channel>> connected = connect_to(address, {});
+    if (!connected) return connected.error();
+    return std::unique_ptr<output_channel>(std::move(*connected));
+}
 
 inline result<std::unique_ptr<input_channel>> open_input_at(const file_uri& file) {
     return open_input_file(file.path, file.offset);
@@ -113,17 +125,27 @@ inline result<std::unique_ptr<input_channel>> open_input_at(const fd_uri& number
     if (!fd) return fd.error();
     return std::unique_ptr<input_channel>(std::make_unique<fd_input_channel>(std::move(*fd)));
 }
+template <class Address>
+    requires socket_address<Address>
+result<std::unique_ptr<input_channel>> open_input_at(const Address& address) {
+    result<socket_listener> listener = socket_listener::listen_at(address, 1);
+    if (!listener) return listener.error();
+    result<std::unique_ptr<duplex_channel>> accepted = listener->accept();
+    if (!accepted) return accepted.error();
+    return std::unique_ptr<input_channel>(std::move(*accepted));
+}
 
 } // namespace detail
 
-/// A channel to write a stream to. `errc::bad_uri`, `errc::unsupported`, or `errc::io` with the system's words.
+/// A channel to write a stream to; `tcp:` and `unix:` connect. `errc::bad_uri`, `errc::unsupported`, or `errc::io` with the system's words.
 inline opened_output open_output(std::string_view text) {
     const result<uri> where = parse_uri(text);
     if (!where) return result<std::unique_ptr<output_channel>>(where.error());
     return std::visit([](const auto& kind) { return detail::open_output_at(kind); }, *where);
 }
 
-/// A channel to read a stream from.
+/// A channel to read a stream from; `tcp:` and `unix:` listen, accept one connection, and listen no more. To listen for
+/// several, or to be able to give up, use `socket_listener`.
 inline opened_input open_input(std::string_view text) {
     const result<uri> where = parse_uri(text);
     if (!where) return result<std::unique_ptr<input_channel>>(where.error());
