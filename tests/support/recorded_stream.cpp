@@ -105,7 +105,7 @@ replica::replica(const recorded_stream& original)
         auto& bytes = memory[block.name];
         bytes.resize(static_cast<std::size_t>(block.used_length));
         if (const auto added = machine.add_ram(block.name, bytes); !added)
-            throw std::runtime_error("a RAM block: " + added.failure().message());
+            throw std::runtime_error("a RAM block: " + added.error().message());
     }
 }
 

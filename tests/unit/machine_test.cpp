@@ -16,6 +16,7 @@
 
 using namespace vmstate;
 using vmstate::tests::contains;
+using vmstate::tests::failure;
 using vmstate::tests::hex;
 using vmstate::tests::outcome;
 using vmstate::tests::wire;
@@ -307,8 +308,10 @@ TEST_CASE("an id has each instance once; any gives the next free one") {
     CHECK(m.check());
     const registration twice = m.add_device<kbd>(states[3], {.instance_id = 4});
     CHECK_FALSE(twice);
-    CHECK(twice.failure() == errc::duplicate);
-    CHECK(twice.failure().path() == "pckbd#4");
+    CHECK(twice.has_error());
+    CHECK_FALSE(twice.has_value());
+    CHECK(twice.error() == errc::duplicate);
+    CHECK(twice.error().path() == "add_device/pckbd#4");
 
     // A failure is remembered until the machine is used, and then nothing is written or read.
     vector_writer out;
@@ -330,15 +333,42 @@ TEST_CASE("an id has each instance once; any gives the next free one") {
     CHECK(states[1].mode == 2);
 }
 
+TEST_CASE("a registration that failed says which call it was, and is taken back with its device") {
+    kbd_state first, second;
+    std::vector<std::byte> memory(4096);
+    machine m = none_machine();
+    m.add_device<kbd>(first);
+    CHECK(m.add_device<kbd>(second).error().message() ==
+          "add_device/pckbd: registered twice: expected another instance id than 0");
+    m.add_handlers("slirp", {});
+    CHECK(m.add_handlers("slirp", {}).error().path() == "add_handlers/slirp");
+    CHECK(m.add_ram("pc.ram", std::span(memory).first(100)).error().path() == "add_ram/pc.ram");
+    CHECK(m.check().error().path() == "add_device/pckbd");
+
+    m.remove_device<kbd>(first); // not the one that failed
+    CHECK(m.check().error().path() == "add_device/pckbd");
+    m.remove_device<kbd>(second);
+    CHECK(m.check().error().path() == "add_handlers/slirp");
+    m.remove_handlers("slirp");
+    CHECK(m.check().error().path() == "add_ram/pc.ram");
+    m.remove_ram("pc.ram");
+    CHECK(m.check());
+    CHECK(m.add_device<kbd>(second).has_value());
+    CHECK(why(loaded(m, saved(m))) == "ok");
+
+    machine odd{{.name = "none", .page_size = 4095}};
+    CHECK(odd.add_ram("pc.ram", memory).error().path() == "machine_options");
+}
+
 TEST_CASE("registrations that cannot be meant are refused") {
     kbd_state state;
     const std::string long_name(256, 'x');
     machine a = none_machine();
-    CHECK(a.add_device<kbd>(state, {.id = long_name}).failure() == errc::invalid_argument);
+    CHECK(a.add_device<kbd>(state, {.id = long_name}).error() == errc::invalid_argument);
     machine b = none_machine();
-    CHECK(b.add_handlers("", {}).failure() == errc::invalid_argument);
+    CHECK(b.add_handlers("", {}).error() == errc::invalid_argument);
     machine c = none_machine();
-    CHECK(c.add_device<kbd>(state, {.alias_id = 7, .alias_required_for_version = 1}).failure() ==
+    CHECK(c.add_device<kbd>(state, {.alias_id = 7, .alias_required_for_version = 1}).error() ==
           errc::invalid_argument);
     CHECK(machine{{.name = long_name}}.check().error() == errc::invalid_argument);
     CHECK(machine{{.name = "none", .page_size = 4095}}.check().error() == errc::invalid_argument);
@@ -348,15 +378,15 @@ TEST_CASE("registrations that cannot be meant are refused") {
     machine d = none_machine();
     std::vector<std::byte> memory(8192);
     machine no_pages{{.name = "none", .page_size = 0}};
-    CHECK(no_pages.add_ram("pc.ram", memory).failure() == errc::invalid_argument);
+    CHECK(no_pages.add_ram("pc.ram", memory).error() == errc::invalid_argument);
     d.add_ram("pc.ram", memory);
-    CHECK(d.add_ram("pc.ram", memory).failure() == errc::duplicate);
+    CHECK(d.add_ram("pc.ram", memory).error() == errc::duplicate);
     machine e = none_machine();
-    CHECK(e.add_ram("pc.ram", std::span(memory).first(5000)).failure() == errc::invalid_argument);
+    CHECK(e.add_ram("pc.ram", std::span(memory).first(5000)).error() == errc::invalid_argument);
     machine f = none_machine();
-    CHECK(f.add_ram("", memory).failure() == errc::invalid_argument);
+    CHECK(f.add_ram("", memory).error() == errc::invalid_argument);
     machine g = none_machine();
-    CHECK(g.add_ram("x", memory, {.used_length = 12288}).failure() == errc::invalid_argument);
+    CHECK(g.add_ram("x", memory, {.used_length = 12288}).error() == errc::invalid_argument);
 }
 
 TEST_CASE("a device that forbids migration stops saving and loading") {
@@ -487,6 +517,15 @@ TEST_CASE("a configuration that differs is refused by the name of what differs")
         contains(
             "configuration/uuid: machine configured differently: expected 01000000-0000-0000-0000-000000000000, found 00010203-0405-0607-0809-0a0b0c0d0e0f"));
 
+    // Each at the offset of its own value, whatever follows it.
+    CHECK(load_with({.name = "none"}, bits + "0000000e" + uuid).error().offset() == 17 + 36);
+    CHECK(load_with({.name = "none"}, capabilities + "00000001 0f 'x-ignore-shared'" + uuid).error().offset() == 17 + 32);
+    CHECK(load_with({.name = "none", .capabilities = {"x-ignore-shared"}}, capabilities + "00000000" + uuid)
+              .error()
+              .offset() == 17 + 32);
+    CHECK(load_with({.name = "none", .uuid = other_uuid}, uuid + bits + "0000000c").error().offset() == 17 + 24);
+    CHECK(load_with({.name = "none", .capabilities = {"x-ignore-shared"}}, uuid).error().offset() == 17 + 40);
+
     CHECK(load_with({.name = "none"}, "05 12 'configuration/uuix' 00000001").error() ==
           errc::unknown_subsection);
     CHECK(load_with({.name = "none"}, "05 12 'configuration/uuid' 00000002 000102030405060708090a0b0c0d0e0f")
@@ -604,14 +643,164 @@ TEST_CASE("the description is passed over, may be missing, and must be whole if 
     CHECK(why(loaded(m, wire(whole))) == "ok");
     CHECK(why(loaded(m, wire(whole + "06 00000002 '{}'"))) == "ok");
     CHECK(why(loaded(m, wire(whole + "06 00000002 '{}' ffff"))) == "ok");
-    // QEMU doesn't mind something else either.
-    CHECK(why(loaded(m, wire(whole + "ff"))) == "ok");
     const result<void> cut = loaded(m, wire(whole + "06 ffffffff '{}'"));
     REQUIRE_FALSE(cut);
     CHECK(cut.error() == errc::truncated);
     CHECK(cut.error().path() == "vmdesc");
     machine quiet{{.name = "none", .suppress_vmdesc = true}};
     CHECK(why(loaded(quiet, wire(whole + "06 ffffffff"))) == "ok");
+}
+
+TEST_CASE("what follows the end and is no description is a section whose type was damaged") {
+    const std::string whole = std::string(magic) + std::string(none_configuration) + "00";
+    machine m = none_machine();
+    machine quiet{{.name = "none", .suppress_vmdesc = true}};
+    for (machine* one : {&m, &quiet}) {
+        const result<void> trailing = loaded(*one, wire(whole + "00 00000001 05 'pckbd'"));
+        CHECK(outcome(trailing) == failure(errc::trailing_bytes, "vmdesc", 18));
+        CHECK_THAT(why(trailing), contains("expected the description or the end of the stream, found type 0x0"));
+    }
+    // A user's channel doesn't know its end, but what came along with the sections is there to be looked at.
+    struct all_at_once {
+        std::vector<std::byte> rest;
+        result<std::size_t> read_some(std::span<std::byte> into) {
+            const std::size_t count = std::min(into.size(), rest.size());
+            std::copy_n(rest.begin(), count, into.begin());
+            rest.erase(rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(count));
+            return count;
+        }
+    } source{wire(whole + "ff")};
+    CHECK(load(quiet, source).error() == errc::trailing_bytes);
+}
+
+namespace {
+
+/// A source that keeps its channel open: asked for more than the stream has, it would wait for good.
+struct live_source {
+    std::vector<std::byte> bytes;
+    std::size_t position = 0;
+    bool waited = false;
+
+    result<std::size_t> read_some(std::span<std::byte> into) {
+        if (position == bytes.size()) {
+            waited = true;
+            return error(errc::io, {}, "waits");
+        }
+        into[0] = bytes[position++];
+        return std::size_t{1};
+    }
+};
+
+} // namespace
+
+TEST_CASE("on a live channel no byte is waited for that need not come") {
+    kbd_state state;
+    for (const bool suppress_vmdesc : {false, true})
+        for (const bool send_section_footer : {false, true}) {
+            machine m{{.name = "none", .send_section_footer = send_section_footer, .suppress_vmdesc = suppress_vmdesc}};
+            CAPTURE(suppress_vmdesc, send_section_footer);
+            for (const bool with_device : {false, true}) {
+                CAPTURE(with_device);
+                if (with_device) m.add_device<kbd>(state);
+                live_source source{saved(m)};
+                CHECK(why(load(m, source)) == "ok");
+                CHECK_FALSE(source.waited);
+            }
+        }
+}
+
+// ---- sections in parts -------------------------------------------------------------------------------------
+
+TEST_CASE("a section that was started has to be ended") {
+    machine m = none_machine();
+    std::vector<std::byte> memory(4096);
+    kbd_state state;
+    m.add_ram("pc.ram", memory);
+    m.add_device<kbd>(state);
+    const std::vector<std::byte> good = saved(m);
+    REQUIRE(why(loaded(m, good)) == "ok");
+
+    // The type bytes of the stream, each turned into the end of the sections.
+    const std::size_t ram_setup = 1 + 4 + 4 + 4 + 4 + 8 + 1 + 6 + 8 + 8 + 5;
+    const std::size_t start = 8 + none_configuration_size;
+    const std::size_t part = start + ram_setup;
+    const std::size_t end = part + 5 + 8 + 7 + 1 + 8 + 5;
+    const std::size_t device = end + 5 + 8 + 5;
+    REQUIRE(good.at(start) == std::byte{1});
+    REQUIRE(good.at(part) == std::byte{2});
+    REQUIRE(good.at(end) == std::byte{3});
+    REQUIRE(good.at(device) == std::byte{4});
+    const auto with = [&](std::size_t at, unsigned type) {
+        std::vector<std::byte> changed = good;
+        changed[at] = std::byte(static_cast<unsigned char>(type));
+        return outcome(loaded(m, changed));
+    };
+    CHECK(with(start, 0) == failure(errc::trailing_bytes, "vmdesc", start + 1));
+    CHECK(with(part, 0) == failure(errc::bad_section, "ram", part));
+    CHECK(with(end, 0) == failure(errc::bad_section, "ram", end));
+    CHECK(with(device, 0) == failure(errc::trailing_bytes, "vmdesc", device + 1));
+    // A PART in the END's place leaves the section open; an END in the PART's closes it too early.
+    CHECK_THAT(with(end, 2), contains("malformed section | ram"));
+    CHECK(with(part, 3) == failure(errc::unknown_section, "section header", end));
+    CHECK(with(start, 4) == failure(errc::unknown_section, "section header", part));
+}
+
+TEST_CASE("a page's block has to be in the stream's list, even if it is registered") {
+    machine source = none_machine();
+    std::vector<std::byte> memory(4096), more(4096);
+    source.add_ram("pc.ram", memory);
+    std::vector<std::byte> bytes = saved(source);
+    const std::size_t name_in_list = 8 + none_configuration_size + 17 + 8 + 1;
+    REQUIRE(bytes.at(name_in_list) == std::byte{'p'});
+    bytes[name_in_list] = std::byte{'q'};
+    machine m = none_machine();
+    m.add_ram("pc.ram", memory);
+    m.add_ram("qc.ram", more);
+    CHECK_THAT(why(loaded(m, bytes)), contains("ram: bad RAM record: expected a block of the stream's list, found pc.ram"));
+}
+
+TEST_CASE("a device comes in one piece; a section of one's own may come in parts") {
+    machine m = none_machine();
+    kbd_state state;
+    m.add_device<kbd>(state);
+    const std::string header = " 00000001 05 'pckbd' 00000000 00000003 01020304 7e 00000001";
+    const result<void> started = loaded(m, stream("01" + header + "03 00000001 01020304 7e 00000001"));
+    CHECK(outcome(started) == failure(errc::bad_section, "pckbd", 17));
+    CHECK_THAT(why(started), contains("expected a device as FULL, found START"));
+    CHECK(loaded(m, stream("04" + header + "02 00000001 01020304 7e 00000001")).error() == errc::unknown_section);
+
+    machine parts = none_machine();
+    int loads = 0;
+    parts.add_handlers("live", {.version_id = 1, .load = [&](reader& in) {
+                                    ++loads;
+                                    in.get_u8();
+                                }});
+    const std::string begin = "01 00000001 04 'live' 00000000 00000001 01 7e 00000001";
+    const std::string part = "02 00000001 02 7e 00000001";
+    const std::string end = "03 00000001 03 7e 00000001";
+    CHECK(why(loaded(parts, stream(begin + part + part + end))) == "ok");
+    CHECK(loads == 4);
+    CHECK_THAT(why(loaded(parts, stream(begin + part))),
+        contains("live: malformed section: expected the section's END, found the end of the sections"));
+    CHECK(loaded(parts, stream(begin + end + part)).error() == errc::unknown_section);
+    CHECK(loaded(parts, stream(begin + end + end)).error() == errc::unknown_section);
+}
+
+TEST_CASE("what is registered and was not in the stream is known afterwards") {
+    machine m = none_machine();
+    kbd_state keyboard, second;
+    std::vector<std::byte> memory(4096), more(4096);
+    m.add_device<kbd>(keyboard);
+    m.add_ram("pc.ram", memory);
+    const std::vector<std::byte> bytes = saved(m);
+    m.add_device<kbd>(second, {.instance_id = 1});
+    m.add_ram("vga.vram", more);
+    CHECK(why(loaded(m, bytes)) == "ok");
+    CHECK(m.not_in_stream() == std::vector<std::string>{"ram/vga.vram", "pckbd#1"});
+    CHECK(why(loaded(m, saved(m))) == "ok");
+    CHECK(m.not_in_stream().empty());
+    CHECK(why(loaded(m, stream(""))) == "ok");
+    CHECK(m.not_in_stream() == std::vector<std::string>{"pckbd", "ram/pc.ram", "ram/vga.vram", "pckbd#1"});
 }
 
 // ---- sections carried through ------------------------------------------------------------------------------
@@ -710,6 +899,15 @@ TEST_CASE("what cannot be carried is an error that names it") {
         contains("vfio: unknown section: expected a section that is registered or described, found neither"));
     CHECK_THAT(why(loaded(m, stream("04 00000001 04 'vfio' 00000000 00000001"), carry_unknown())),
         contains("vfio: bad JSON description"));
+
+    // A description whose devices have no text of their own to be written again.
+    std::string json = R"({"d\u0065vices": [{"name": "vfio", "instance_id": 0, "size": 0, "fields": []}]})";
+    CHECK_THAT(why(loaded(m,
+                   wire(std::string(magic) + std::string(none_configuration) +
+                        "04 00000001 04 'vfio' 00000000 00000001 7e 00000001 00 06 000000" +
+                        hex(std::vector<std::byte>{static_cast<std::byte>(json.size())}) + "'" + json + "'"),
+                   carry_unknown())),
+        contains("without escapes"));
 }
 
 TEST_CASE("carried sections belong to the stream that was loaded last") {

@@ -146,7 +146,8 @@ TEST_CASE("CONTINUE is remembered from section to section, and not from stream t
     CHECK(why(guest.load(
               wire(std::string(header) + std::string(start) + std::string(list) + std::string(footer) + part +
                    "0000000000000002 01 'a' 41" + std::string(eos) + std::string(footer) + part +
-                   "0000000000001022 42" + std::string(eos) + std::string(footer) + "00"))) == "ok");
+                   "0000000000001022 42" + std::string(eos) + std::string(footer) + "03 00000002" +
+                   std::string(eos) + std::string(footer) + "00"))) == "ok");
     CHECK(all_are(guest.page(0), 0x41));
     CHECK(all_are(guest.page(1), 0x42));
     CHECK_THAT(why(guest.load(stream_with("0000000000000022 00"))),
@@ -192,7 +193,7 @@ TEST_CASE("XBZRLE that is broken, or leaves the page, is refused") {
 
 TEST_CASE("records that do not fit the machine are refused with block and offset") {
     CHECK(refused("0000000000000002 01 'b' 00") ==
-          "ram: bad RAM record: expected a block of this machine, found b (offset 70)");
+          "ram: bad RAM record: expected a block of the stream's list, found b (offset 70)");
     CHECK_THAT(refused("0000000000002002 01 'a' 00"),
         contains("ram/a: bad RAM record: expected a page within 8192 bytes, found offset 8192 (offset 70)"));
     CHECK_THAT(refused("fffffffffffff008 01 'a'" + page_of("00")),
@@ -278,7 +279,7 @@ TEST_CASE("the page size of a huge block is in the list once postcopy is advised
         const std::vector<std::byte> bytes =
             wire(std::string(header) + "08 0003 0010 0000000000200000 0000000000001000" + std::string(start) +
                  "0000000000002004 01 'a' 0000000000002000" + std::string(stated) + std::string(eos) +
-                 std::string(footer) + "00");
+                 std::string(footer) + "03 00000002" + std::string(eos) + std::string(footer) + "00");
         memory_reader in(bytes);
         return load(m, in);
     };

@@ -297,6 +297,17 @@ TEST_CASE("each device keeps its text, whatever brackets and quotes its strings 
     CHECK(parsed->devices.at(1).raw_json == second);
 }
 
+TEST_CASE("a device's text that can't be found is no description: it could not be written again") {
+    const std::string device = R"({"name": "b", "instance_id": 1, "vmsd_name": "b", "version": 1, "fields": []})";
+    for (const std::string key : {R"(d\u0065vices)", R"(\u0064evices)"})
+        CHECK_THAT(refusal_of("{\"" + key + "\": [" + device + "]}").message(), contains("without escapes"));
+    CHECK_THAT(refusal_of(R"({"c\u006fnfiguration": )" + device + R"(, "devices": []})").message(),
+        contains("without escapes"));
+    // Without a device there is nothing to be lost; and other keys are spelled as one likes.
+    CHECK(parse_vmdesc(R"({"d\u0065vices": []})").has_value());
+    CHECK(parse_vmdesc(R"({"p\u0061ge_size": 4096, "devices": []})")->page_size == 4096);
+}
+
 TEST_CASE("devices with the same id are told apart by their order") {
     const std::string text =
         R"({"name": "isa-ide", "instance_id": 0, "vmsd_name": "isa-ide", "version": 3, "fields": []}, )"

@@ -27,6 +27,10 @@ struct stream_configuration {
     std::optional<std::array<std::uint8_t, 16>> uuid;
     std::uint64_t offset = 0; ///< of its type byte
     std::uint64_t size = 0;   ///< with the type byte
+    // Of the values in the subsections, where the stream has them.
+    std::uint64_t target_page_bits_offset = 0;
+    std::uint64_t capabilities_offset = 0; ///< of their number
+    std::uint64_t uuid_offset = 0;
 
     bool has_capability(std::string_view name) const {
         return capabilities && std::find(capabilities->begin(), capabilities->end(), name) != capabilities->end();
@@ -76,7 +80,8 @@ public:
         for (;;) {
             // What doesn't look like one of our subsections is the next item of the stream.
             constexpr std::string_view prefix = "configuration";
-            if (in_.peek(2) < 2 || in_.cursor()[0] != std::byte{0x05}) break;
+            // A live channel may have only that item's first byte so far: ask for a second one only where it is needed.
+            if (in_.peek(1) < 1 || in_.cursor()[0] != std::byte{0x05} || in_.peek(2) < 2) break;
             const auto size = std::to_integer<std::size_t>(in_.cursor()[1]);
             if (size < prefix.size() + 1 || in_.peek(2 + size) < 2 + size) break;
             const std::string name(reinterpret_cast<const char*>(in_.cursor()) + 2, size);
@@ -108,19 +113,21 @@ private:
         return (this->*body)();
     }
     result<void> read_page_bits() {
+        read_.target_page_bits_offset = in_.offset();
         const std::uint32_t bits = in_.get_be32();
         if (in_.failed()) return in_.failure();
         if (bits < 10 || bits > 16)
-            return error(errc::bad_configuration, "10 to 16 target page bits", std::to_string(bits)).at_offset(in_.offset() - 4);
+            return error(errc::bad_configuration, "10 to 16 target page bits", std::to_string(bits)).at_offset(read_.target_page_bits_offset);
         read_.target_page_bits = bits;
         return {};
     }
     result<void> read_capabilities() {
+        read_.capabilities_offset = in_.offset();
         const std::uint32_t count = in_.get_be32();
         if (in_.failed()) return in_.failure();
         // QEMU has fewer than 40.
         if (count > 255)
-            return error(errc::bad_configuration, "at most 255 capabilities", std::to_string(count)).at_offset(in_.offset() - 4);
+            return error(errc::bad_configuration, "at most 255 capabilities", std::to_string(count)).at_offset(read_.capabilities_offset);
         std::vector<std::string>& capabilities = read_.capabilities.emplace();
         for (std::uint32_t i = 0; i < count; ++i) {
             const std::uint64_t at = in_.offset();
@@ -134,6 +141,7 @@ private:
         return {};
     }
     result<void> read_uuid() {
+        read_.uuid_offset = in_.offset();
         std::array<std::uint8_t, 16> uuid{};
         if (!in_.read(uuid.data(), uuid.size())) return in_.failure();
         read_.uuid = uuid;
@@ -152,18 +160,25 @@ inline result<void> compare_configuration(const machine_options& local, const st
         const auto bits = static_cast<std::uint32_t>(std::countr_zero(local.guest_page_size()));
         if (*read.target_page_bits != bits)
             return error(errc::bad_configuration, std::to_string(bits), std::to_string(*read.target_page_bits))
-                .within("target-page-bits");
+                .within("target-page-bits")
+                .at_offset(read.target_page_bits_offset);
     } else if (local.target_page_bits)
         return error(errc::bad_configuration, "target page bits " + std::to_string(*local.target_page_bits), "none");
     if (read.capabilities)
         for (const std::string& capability : *read.capabilities)
             if (!local.has_capability(capability.c_str()))
-                return error(errc::bad_configuration, capability + " off", "on").within("capabilities");
+                return error(errc::bad_configuration, capability + " off", "on")
+                    .within("capabilities")
+                    .at_offset(read.capabilities_offset);
     for (const std::string& wanted : local.capabilities)
         if (!read.has_capability(wanted))
-            return error(errc::bad_configuration, wanted + " on", "off").within("capabilities");
+            return error(errc::bad_configuration, wanted + " on", "off")
+                .within("capabilities")
+                .at_offset(read.capabilities ? read.capabilities_offset : read.offset + read.size);
     if (read.uuid && local.uuid && *local.uuid != *read.uuid)
-        return error(errc::bad_configuration, uuid_text(*local.uuid), uuid_text(*read.uuid)).within("uuid");
+        return error(errc::bad_configuration, uuid_text(*local.uuid), uuid_text(*read.uuid))
+            .within("uuid")
+            .at_offset(read.uuid_offset);
     return {};
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -107,14 +108,14 @@ private:
             result<void> done;
             switch (static_cast<section_type>(type)) {
             case section_type::eof:
-                return {};
+                return check_all_ended(position);
             case section_type::start:
             case section_type::full:
                 done = load_start_or_full(position, static_cast<section_type>(type));
                 break;
             case section_type::part:
             case section_type::end:
-                done = load_part_or_end(position);
+                done = load_part_or_end(position, static_cast<section_type>(type));
                 break;
             case section_type::command:
                 done = load_command(position);
@@ -126,6 +127,18 @@ private:
             }
             if (!done) return done;
         }
+    }
+
+    /// QEMU takes an end of the stream anywhere between two sections. But a section that was started and not ended has
+    /// its rest behind that end: memory of which nothing but the list of blocks is there isn't a load.
+    result<void> check_all_ended(std::uint64_t position) const {
+        // In the order of the stream, so that the same bytes always get the same message.
+        for (const section* entry : order_)
+            if (entry->load_section_id && by_section_id_.contains(*entry->load_section_id))
+                return error(errc::bad_section, "the section's END", "the end of the sections")
+                    .within(section_path(*entry))
+                    .at_offset(position);
+        return {};
     }
 
     struct section_header {
@@ -177,6 +190,10 @@ private:
                 return unknown(header);
             }
         }
+        // Only what has a part to send while the guest runs is started and ended; a device's state is in one piece, and
+        // loading it again from a PART would run its hooks again.
+        if (header.type == section_type::start && std::holds_alternative<described_device>(entry->content))
+            return error(errc::bad_section, "a device as FULL", "START").at_offset(header.position);
         if (header.version_id > static_cast<std::uint32_t>(entry->version_id))
             return error(errc::version_too_new, "version " + std::to_string(entry->version_id) + " or older",
                 std::to_string(header.version_id))
@@ -195,7 +212,7 @@ private:
             .at_offset(header.position);
     }
 
-    result<void> load_part_or_end(std::uint64_t position) {
+    result<void> load_part_or_end(std::uint64_t position, section_type type) {
         const std::uint32_t section_id = in_->get_be32();
         if (in_->failed()) return failed_in("section header");
         const auto known = by_section_id_.find(section_id);
@@ -205,6 +222,8 @@ private:
                 .within("section header")
                 .at_offset(position);
         section& entry = *known->second;
+        // Nothing of it comes behind its END.
+        if (type == section_type::end) by_section_id_.erase(known);
         result<void> done = load_body(entry);
         if (done) done = load_footer(section_id);
         if (!done) return done.error().within(section_path(entry)).at_offset(position);
@@ -377,10 +396,25 @@ private:
 
     // ---- description
 
-    /// What follows the end: the description, which is passed over, or nothing, or something that isn't for us.
+    /// What follows the end: the description, which is passed over, or nothing. Anything else means that the end wasn't
+    /// one: a section whose type byte was damaged.
+    ///
+    /// A machine with a description waits for its first byte, as QEMU does, and reads no byte behind it: the source may
+    /// keep the channel open for the return path. A machine without one must not wait at all: it looks only where a
+    /// byte has been read already, or where the channel knows its end (memory, a regular file).
     result<void> load_description() {
-        if (machine_.options().suppress_vmdesc || in_->peek(1) == 0) return in_->status();
-        if (*in_->cursor() != static_cast<std::byte>(section_type::vmdescription)) return {};
+        const bool suppressed = machine_.options().suppress_vmdesc;
+        if (suppressed && in_->window() == 0 &&
+            in_->remaining() == std::numeric_limits<std::uint64_t>::max())
+            return {};
+        if (in_->peek(1) == 0) return in_->status();
+        const std::uint64_t position = in_->offset();
+        if (*in_->cursor() != static_cast<std::byte>(section_type::vmdescription))
+            return error(errc::trailing_bytes, "the description or the end of the stream",
+                "type " + hex(std::to_integer<std::uint8_t>(*in_->cursor())))
+                .within("vmdesc")
+                .at_offset(position);
+        if (suppressed) return {};
         in_->skip(1);
         const std::uint32_t length = in_->get_be32();
         if (!in_->failed()) in_->skip(length);
@@ -403,7 +437,7 @@ private:
     reader* in_;
     load_options options_;
 
-    std::unordered_map<std::uint32_t, section*> by_section_id_; ///< of sections that were started
+    std::unordered_map<std::uint32_t, section*> by_section_id_; ///< of sections that were started and not ended
     std::unordered_set<std::uint32_t> section_ids_;             ///< of all sections so far
     std::unordered_map<std::string, std::size_t> occurrences_;  ///< how often an id and instance came
     std::vector<section*> order_;

@@ -20,26 +20,30 @@
 
 namespace vmstate {
 
-/// What became of a registration. Need not be looked at: the machine remembers a failure, and `save` and `load` report
-/// it before they touch anything.
+/// What became of a registration, with a `result`'s words. Need not be looked at: the machine remembers a failure, and
+/// `save` and `load` report it before they touch anything.
 class registration {
 public:
     registration(std::uint32_t instance_id, std::uint32_t section_id) noexcept
         : instance_id_(instance_id), section_id_(section_id) {}
-    registration(error failure) noexcept : failure_(std::move(failure)) {}
+    registration(vmstate::error failure) noexcept : failure_(std::move(failure)) {}
 
-    explicit operator bool() const noexcept { return !failure_; }
+    bool has_value() const noexcept { return !failure_; }
+    bool has_error() const noexcept { return !has_value(); }
+    explicit operator bool() const noexcept { return has_value(); }
     operator result<void>() const {
         if (failure_) return failure_;
         return {};
     }
-    const error& failure() const noexcept { return failure_; }
-    /// The instance number it has now; the one to ask for after `instance_id_any`.
+    /// Why it failed. The path begins with the call: `add_device/pckbd#4`.
+    const vmstate::error& error() const noexcept { return failure_; }
+    /// The section's instance number, after `instance_id_any` the one that was free; 0 after a failure. All RAM blocks
+    /// are in one section.
     std::uint32_t instance_id() const noexcept { return instance_id_; }
     std::uint32_t section_id() const noexcept { return section_id_; }
 
 private:
-    error failure_;
+    vmstate::error failure_;
     std::uint32_t instance_id_ = 0;
     std::uint32_t section_id_ = 0;
 };
@@ -52,14 +56,14 @@ public:
 
     explicit machine(machine_options options = {}) : options_(std::move(options)) {
         if (!options_.valid_page_size())
-            remember(error(errc::invalid_argument, "a page size of 1024 to 65536, a power of two",
+            refuse_options(error(errc::invalid_argument, "a page size of 1024 to 65536, a power of two",
                 std::to_string(options_.guest_page_size())));
         if (options_.name.size() > max_name_size)
-            remember(error(errc::invalid_argument, "a machine's name of at most 255 bytes",
+            refuse_options(error(errc::invalid_argument, "a machine's name of at most 255 bytes",
                 std::to_string(options_.name.size())));
         for (const std::string& capability : options_.capabilities)
             if (capability != "x-ignore-shared")
-                remember(error(errc::unsupported, {}, "capability " + capability));
+                refuse_options(error(errc::unsupported, {}, "capability " + capability));
     }
 
     const machine_options& options() const noexcept { return options_; }
@@ -70,9 +74,10 @@ public:
     registration add_device(detail::struct_of<Description>& object, const device_options& device = {}) {
         return add_described(operations_of<Description>, std::addressof(object), device);
     }
-    /// Takes all registrations of the object with this description back.
+    /// Takes all registrations of the object with this description back, those that failed among them.
     template <const auto& Description>
     void remove_device(detail::struct_of<Description>& object) {
+        forget_failures({add_device_call, &operations_of<Description>, std::addressof(object), {}});
         remove_if([&](const section& entry) {
             const auto* device = std::get_if<described_device>(&entry.content);
             return device != nullptr && device->object == std::addressof(object) &&
@@ -88,9 +93,12 @@ public:
         const std::uint32_t instance_id = pair.instance_id;
         const bool allow_duplicate = pair.allow_duplicate;
         entry.content = std::move(pair);
-        return add(std::move(entry), instance_id, allow_duplicate);
+        registration added = add(std::move(entry), instance_id, allow_duplicate);
+        return added ? added : remember({add_handlers_call, nullptr, nullptr, std::string(id)}, added.error());
     }
+    /// Takes all registrations with this id back, those that failed among them.
     void remove_handlers(std::string_view id) {
+        forget_failures({add_handlers_call, nullptr, nullptr, std::string(id)});
         remove_if([&](const section& entry) {
             return entry.idstr == id && std::holds_alternative<handlers>(entry.content);
         });
@@ -98,26 +106,24 @@ public:
 
     /// Registers guest memory. All blocks are in one section, which is registered with the first of them.
     registration add_ram(std::string_view name, std::span<std::byte> memory, ram_options ram = {}) {
-        if (!options_.valid_page_size()) return failure_;
+        if (!options_.valid_page_size()) return options_failure_;
+        const culprit block{add_ram_call, nullptr, nullptr, std::string(name)};
         const std::uint64_t used = ram.used_length.value_or(memory.size());
         const std::size_t page_size = options_.guest_page_size();
         if (name.empty() || name.size() > max_name_size)
             return remember(
-                error(errc::invalid_argument, "a RAM block's name of 1 to 255 bytes", std::string(name))
-                    .within("ram"));
+                block, error(errc::invalid_argument, "a RAM block's name of 1 to 255 bytes", std::string(name)));
         if (used == 0 || used > memory.size() || used % page_size != 0 || memory.size() % page_size != 0)
-            return remember(error(errc::invalid_argument, "whole pages of memory",
-                std::to_string(used) + " of " + std::to_string(memory.size()) + " bytes")
-                                .within(name)
-                                .within("ram"));
+            return remember(block, error(errc::invalid_argument, "whole pages of memory",
+                                       std::to_string(used) + " of " + std::to_string(memory.size()) + " bytes")
+                                       .within(name));
         section* entry = ram_entry();
         if (entry == nullptr) {
             registration added = add_ram_section();
-            if (!added) return added;
+            if (!added) return remember(block, added.error());
             entry = ram_entry();
         }
-        if (entry->ram()->find(name) != nullptr)
-            return remember(error(errc::duplicate).within(name).within("ram"));
+        if (entry->ram()->find(name) != nullptr) return remember(block, error(errc::duplicate).within(name));
         entry->ram()->insert(
             std::make_unique<ram_block>(ram_block{std::string(name), memory, used, std::move(ram)}));
         return {entry->instance_id, entry->section_id};
@@ -125,7 +131,9 @@ public:
     registration add_ram(std::string_view name, std::span<std::uint8_t> memory, ram_options ram = {}) {
         return add_ram(name, std::as_writable_bytes(memory), std::move(ram));
     }
+    /// Takes the block out, and back what failed for one of this name.
     void remove_ram(std::string_view name) {
+        forget_failures({add_ram_call, nullptr, nullptr, std::string(name)});
         if (section* entry = ram_entry()) entry->ram()->remove(name);
     }
     /// The machine's memory; null before the first `add_ram`.
@@ -134,16 +142,33 @@ public:
         return entry != nullptr ? entry->ram() : nullptr;
     }
 
-    /// Whether the machine can be saved and loaded at all: the first registration that failed, or a device that forbids
-    /// migration.
+    /// Whether the machine can be saved and loaded at all: the first registration that failed and was not taken back,
+    /// or a device that forbids migration.
     result<void> check() const {
-        if (failure_) return failure_;
+        if (options_failure_) return options_failure_;
+        if (!failures_.empty()) return failures_.front().failure;
         for (const std::unique_ptr<section>& entry : sections_) {
             const auto* device = std::get_if<described_device>(&entry->content);
             if (device != nullptr && device->operations->is_unmigratable)
                 return error(errc::not_migratable).within(section_path(*entry));
         }
         return {};
+    }
+
+    /// What is registered and was not in the stream that was loaded last: sections as errors name them, and RAM blocks
+    /// as "ram/<name>". Their values are what they were, as in QEMU, which says nothing of it either: a source leaves
+    /// out what it doesn't need. Before the first load it is everything.
+    std::vector<std::string> not_in_stream() const {
+        std::vector<std::string> missing;
+        for (const std::unique_ptr<section>& entry : sections_) {
+            if (const auto* ram = std::get_if<ram_section>(&entry->content)) {
+                for (const std::unique_ptr<ram_block>& block : ram->blocks())
+                    if (!ram->was_in_stream(*block)) missing.push_back(section_path(*entry) + '/' + block->name);
+            } else if (!entry->load_section_id) {
+                missing.push_back(section_path(*entry));
+            }
+        }
+        return missing;
     }
 
     /// Every section in the order of saving. For save.hpp and load.hpp.
@@ -209,6 +234,23 @@ public:
     }
 
 private:
+    /// Whose registration failed: a device's has an object and its description, the others have a name.
+    struct culprit {
+        std::string_view call;
+        const device_operations* operations;
+        const void* object;
+        std::string name;
+
+        bool operator==(const culprit&) const = default;
+    };
+    struct failed_registration {
+        culprit who;
+        error failure;
+    };
+    static constexpr std::string_view add_device_call = "add_device";
+    static constexpr std::string_view add_handlers_call = "add_handlers";
+    static constexpr std::string_view add_ram_call = "add_ram";
+
     registration add_described(
         const device_operations& operations, void* object, const device_options& device) {
         section entry;
@@ -219,29 +261,32 @@ private:
         entry.content = described_device{&operations, object};
         // An alias is there for the streams of old versions: if none of them can be loaded any more, it is a mistake.
         if (device.alias_id && device.alias_required_for_version < operations.minimum_version_id)
-            return remember(error(errc::invalid_argument,
-                "an alias that a version from " + std::to_string(operations.minimum_version_id) + " on needs",
-                std::to_string(device.alias_required_for_version))
-                                .within(entry.idstr));
+            return remember({add_device_call, &operations, object, {}},
+                error(errc::invalid_argument,
+                    "an alias that a version from " + std::to_string(operations.minimum_version_id) + " on needs",
+                    std::to_string(device.alias_required_for_version))
+                    .within(entry.idstr));
         const std::string bare_suffix = '/' + std::string(operations.name);
         if (entry.idstr.size() > bare_suffix.size() && entry.idstr.ends_with(bare_suffix))
             entry.compat = section::compat_id{std::string(operations.name),
                 device.compat_instance_id.value_or(next_compat_instance_id(operations.name))};
-        return add(std::move(entry), device.instance_id, device.allow_duplicate);
+        registration added = add(std::move(entry), device.instance_id, device.allow_duplicate);
+        return added ? added : remember({add_device_call, &operations, object, {}}, added.error());
     }
 
+    /// Keeps no failure: its caller knows whose it is.
     registration add(section entry, std::uint32_t instance_id, bool allow_duplicate) {
         if (entry.idstr.empty() || entry.idstr.size() > max_name_size)
-            return remember(error(errc::invalid_argument, "a section's id of 1 to 255 bytes",
-                std::to_string(entry.idstr.size())));
+            return error(errc::invalid_argument, "a section's id of 1 to 255 bytes",
+                std::to_string(entry.idstr.size()));
         entry.instance_id = instance_id == instance_id_any ? next_instance_id(entry.idstr) : instance_id;
         if (!allow_duplicate)
             for (const std::unique_ptr<section>& other : sections_)
                 if (!other->is_carried() && other->idstr == entry.idstr &&
                     other->instance_id == entry.instance_id)
-                    return remember(error(
-                        errc::duplicate, "another instance id than " + std::to_string(entry.instance_id))
-                                        .within(section_path(entry)));
+                    return registration(
+                        error(errc::duplicate, "another instance id than " + std::to_string(entry.instance_id))
+                            .within(section_path(entry)));
         entry.section_id = next_section_id_++;
         const registration done(entry.instance_id, entry.section_id);
         const auto lower = std::find_if(sections_.begin(), sections_.end(),
@@ -272,16 +317,24 @@ private:
             if (entry->ram() != nullptr) return entry.get();
         return nullptr;
     }
-    /// Keeps the first failure for save and load.
-    registration remember(error failure) {
-        if (!failure_) failure_ = failure;
+    /// Keeps a failure for save and load.
+    registration remember(culprit who, error failure) {
+        failure.within(who.call);
+        failures_.push_back({std::move(who), failure});
         return failure;
+    }
+    void forget_failures(const culprit& who) {
+        std::erase_if(failures_, [&](const failed_registration& failed) { return failed.who == who; });
+    }
+    void refuse_options(error failure) {
+        if (!options_failure_) options_failure_ = std::move(failure.within("machine_options"));
     }
 
     machine_options options_;
     section_list sections_;
     std::uint32_t next_section_id_ = 0;
-    error failure_;
+    error options_failure_;                     ///< the first; nothing takes it back
+    std::vector<failed_registration> failures_; ///< in the order of the calls
 };
 
 } // namespace vmstate

@@ -112,6 +112,7 @@ public:
         records_ = ram_record_reader(machine.guest_page_size());
         ignore_shared_ = machine.has_capability("x-ignore-shared");
         current_ = nullptr;
+        stream_order_.clear();
         adopted_ = 0;
         adopted_blocks_ = 0;
         std::erase_if(
@@ -123,7 +124,8 @@ public:
         ram_record record;
         while (records_.next(in, record)) {
             if (record.kind == ram_record_kind::end_of_section) return {};
-            // Without multifd channels there is nothing to wait for.
+            // Without multifd channels there is nothing to wait for. It doesn't tell that there were any: QEMU 8.1 sends
+            // it without multifd, too, and up to 7.2 multifd goes without it.
             if (record.kind == ram_record_kind::multifd_flush) continue;
             result<void> done = record.kind == ram_record_kind::block_list
                                     ? load_block_list(in, record, rules)
@@ -135,6 +137,10 @@ public:
         return failure;
     }
 
+    /// Whether the stream's list of blocks had this one.
+    bool was_in_stream(const ram_block& block) const noexcept {
+        return std::find(stream_order_.begin(), stream_order_.end(), &block) != stream_order_.end();
+    }
     /// Gives the blocks the order of the stream that was loaded.
     void adopt_order() {
         std::stable_sort(blocks_.begin(), blocks_.end(),
@@ -225,10 +231,15 @@ private:
     }
 
     result<void> load_page(reader& in, const ram_record& record) {
-        if (record.names_block || current_ == nullptr) current_ = find(records_.block());
-        if (current_ == nullptr)
-            return error(errc::bad_ram, "a block of this machine", std::string(records_.block()))
-                .at_offset(record.position);
+        if (record.names_block || current_ == nullptr) {
+            current_ = find(records_.block());
+            // A source lists all that it sends pages of: where one is missing, another has its place in the list.
+            if (current_ == nullptr || !was_in_stream(*current_)) {
+                current_ = nullptr;
+                return error(errc::bad_ram, "a block of the stream's list", std::string(records_.block()))
+                    .at_offset(record.position);
+            }
+        }
         result<void> loaded = load_page_into(*current_, in, record);
         if (!loaded) return loaded.error().within(current_->name).at_offset(record.position);
         return {};

@@ -397,8 +397,9 @@ private:
     bool seen_devices_ = false;
 };
 
-/// Cuts the text of each device's object out of text that has been parsed, so that brackets and quotes match.
-inline void keep_vmdesc_texts(std::string_view json, vmdesc& tree) {
+/// Cuts the text of each device's object out of text that has been parsed, so that brackets and quotes match. Keys are
+/// compared as they are spelled: false where one is spelled with escapes, and so wasn't found.
+inline bool keep_vmdesc_texts(std::string_view json, vmdesc& tree) {
     std::size_t depth = 0;
     std::size_t begin = 0;
     std::size_t device = 0;
@@ -439,6 +440,7 @@ inline void keep_vmdesc_texts(std::string_view json, vmdesc& tree) {
             break;
         }
     }
+    return device == tree.devices.size() && (!tree.configuration || !tree.configuration->raw_json.empty());
 }
 
 } // namespace detail
@@ -466,7 +468,11 @@ inline result<vmdesc> parse_vmdesc(std::string_view json, vmdesc_limits limits, 
     if (read != json.size())
         return std::move(error(errc::bad_description_json, "one object", "something behind it")
                              .at_offset(text_offset + read));
-    detail::keep_vmdesc_texts(json, tree);
+    // Whoever writes a device again needs its text as it was.
+    if (!detail::keep_vmdesc_texts(json, tree))
+        return std::move(error(errc::bad_description_json, "\"devices\" and \"configuration\" without escapes",
+            "another spelling")
+                             .at_offset(text_offset));
     return tree;
 }
 
