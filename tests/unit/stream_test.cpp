@@ -383,6 +383,20 @@ TEST_CASE("fd: takes a descriptor over") {
     CHECK(closed.error() == errc::io);
 }
 
+TEST_CASE("what the system says when a descriptor is closed is an error of close, once") {
+    int ends[2];
+    REQUIRE(::pipe(ends) == 0);
+    fd_output_channel output{unique_fd(ends[1])};
+    // What a full or a remote file system says then can't be had here; that there is no such descriptor can.
+    REQUIRE(::close(ends[1]) == 0);
+    const result<void> closed = output.close();
+    REQUIRE_FALSE(closed);
+    CHECK(closed.error() == errc::io);
+    CHECK_THAT(closed.error().message(), Catch::Matchers::Contains("close: Bad file descriptor"));
+    CHECK(output.close());
+    ::close(ends[0]);
+}
+
 TEST_CASE("a descriptor that does not block is waited for") {
     int ends[2];
     REQUIRE(::pipe2(ends, O_NONBLOCK) == 0);

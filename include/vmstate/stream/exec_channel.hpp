@@ -113,8 +113,9 @@ public:
     ~exec_output_channel() override { (void)exec_output_channel::close(); }
 
     result<void> close() override {
-        (void)fd_output_channel::close();
-        return child_.wait(false);
+        const result<void> closed = fd_output_channel::close();
+        result<void> ended = child_.wait(false);
+        return ended ? closed : ended;
     }
 
 private:

@@ -81,6 +81,13 @@ public:
     bool is_pipe() const noexcept { return S_ISFIFO(mode_); }
     bool is_regular_file() const noexcept { return S_ISREG(mode_); }
     void reset() noexcept { fd_.reset(); }
+    /// Closes it; the error is that of a write which the system has put off. Closing twice is harmless.
+    result<void> close() {
+        const int fd = fd_.release();
+        // After EINTR, too, the descriptor is gone.
+        if (fd >= 0 && ::close(fd) != 0 && errno != EINTR) return system_error("close");
+        return {};
+    }
 
     void shutdown() noexcept {
         shut_.store(true, std::memory_order_relaxed);
@@ -144,9 +151,7 @@ public:
         return {};
     }
     result<void> close() override {
-        if (end_.get() < 0) return {};
-        end_.reset();
-        return {};
+        return end_.close();
     }
     void shutdown() noexcept override { end_.shutdown(); }
 
