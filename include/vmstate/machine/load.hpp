@@ -28,6 +28,20 @@
 
 namespace vmstate {
 
+/// Hears the commands by which a source asks for answers, see `load_options::commands`. A failure ends the load.
+class command_listener {
+public:
+    command_listener() = default;
+    command_listener(const command_listener&) = delete;
+    command_listener& operator=(const command_listener&) = delete;
+    virtual ~command_listener() = default;
+
+    /// OPEN_RETURN_PATH, the first time.
+    virtual result<void> open_return_path() = 0;
+    /// PING: `value` is to come back in a PONG.
+    virtual result<void> ping(std::uint32_t value) = 0;
+};
+
 /// What becomes of what nobody registered, and how much of it there may be.
 struct load_options {
     /// Keeps sections and RAM blocks that nobody registered, and writes them again, untouched and at their place in the
@@ -43,6 +57,8 @@ struct load_options {
     std::uint64_t tail_limit = std::uint64_t{256} << 20;
     /// The most memory for RAM blocks that nobody registered, in bytes.
     std::uint64_t ram_limit = std::uint64_t{64} << 30;
+    /// Who answers a source that is there; null for a stream that was recorded.
+    command_listener* commands = nullptr;
 };
 
 /// Loads one stream; see `load`.
@@ -356,14 +372,16 @@ private:
     result<void> obey(command number, std::uint16_t length) {
         switch (number) {
         case command::open_return_path:
-            // Twice is harmless, and a stream that was recorded has nobody to answer to.
+            // Twice is harmless.
+            if (return_path_open_) return {};
             return_path_open_ = true;
-            return {};
-        case command::ping:
-            in_->get_be32();
+            return options_.commands != nullptr ? options_.commands->open_return_path() : result<void>();
+        case command::ping: {
+            const std::uint32_t value = in_->get_be32();
             if (in_->failed()) return in_->failure();
             if (!return_path_open_) return error(errc::bad_command, "OPEN_RETURN_PATH before a PING", "none");
-            return {};
+            return options_.commands != nullptr ? options_.commands->ping(value) : result<void>();
+        }
         case command::postcopy_advise:
             return advise(length);
         case command::switchover_start:

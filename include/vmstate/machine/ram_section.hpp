@@ -137,6 +137,9 @@ public:
         return failure;
     }
 
+    /// Whether the block's pages stay out of the stream: both sides see the same memory.
+    bool is_ignored(const ram_block& block) const noexcept { return ignore_shared_ && block.options.shared; }
+
     /// Whether the stream's list of blocks had this one.
     bool was_in_stream(const ram_block& block) const noexcept {
         return std::find(stream_order_.begin(), stream_order_.end(), &block) != stream_order_.end();
@@ -150,8 +153,6 @@ public:
     }
 
 private:
-    bool is_ignored(const ram_block& block) const noexcept { return ignore_shared_ && block.options.shared; }
-
     void put_page_header(writer& out, const ram_block& block, std::uint64_t word) {
         if (sent_block_ == &block) return out.put_be64(word | ram_flag::continued);
         out.put_be64(word);

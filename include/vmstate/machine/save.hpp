@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -38,15 +39,15 @@ public:
         for (const std::unique_ptr<section>& entry : machine_.sections()) {
             ram_section* const ram = entry->ram();
             if (ram == nullptr) continue;
-            put_section_header(section_type::start, *entry);
+            begin_section(section_type::start, *entry);
             ram->save_setup(out_, machine_.options());
-            put_section_footer(*entry);
-            put_section_header(section_type::part, *entry);
+            end_section(*entry);
+            begin_section(section_type::part, *entry);
             ram->save_pages(out_, machine_.options());
-            put_section_footer(*entry);
-            put_section_header(section_type::end, *entry);
+            end_section(*entry);
+            begin_section(section_type::end, *entry);
             ram->save_complete(out_);
-            put_section_footer(*entry);
+            end_section(*entry);
             if (out_.failed()) return error(out_.failure()).within(section_path(*entry));
         }
         return {};
@@ -78,8 +79,8 @@ public:
         return out_.status();
     }
 
-private:
-    void put_section_header(section_type type, const section& entry) {
+    /// The header of a section, or of a part of one; its body, written to the same writer, and `end_section` follow.
+    void begin_section(section_type type, const section& entry) {
         out_.put_u8(static_cast<std::uint8_t>(type));
         out_.put_be32(entry.section_id);
         if (type != section_type::start && type != section_type::full) return;
@@ -87,12 +88,20 @@ private:
         out_.put_be32(entry.instance_id);
         out_.put_be32(static_cast<std::uint32_t>(entry.version_id));
     }
-    void put_section_footer(const section& entry) {
+    void end_section(const section& entry) {
         if (!machine_.options().send_section_footer) return;
         out_.put_u8(static_cast<std::uint8_t>(section_type::footer));
         out_.put_be32(entry.section_id);
     }
+    /// A command between two sections.
+    void put_command(command number, std::span<const std::byte> payload = {}) {
+        out_.put_u8(static_cast<std::uint8_t>(section_type::command));
+        out_.put_be16(static_cast<std::uint16_t>(number));
+        out_.put_be16(static_cast<std::uint16_t>(payload.size()));
+        out_.write(payload);
+    }
 
+private:
     void start_description() {
         json_ = {};
         json_.start_object();
@@ -118,32 +127,32 @@ private:
     result<void> save_described(const section& entry, const described_device& device) {
         const device_operations& operations = *device.operations;
         if (!operations.is_needed(device.object)) return {};
-        put_section_header(section_type::full, entry);
+        begin_section(section_type::full, entry);
         const std::uint64_t begin = out_.offset();
         result<void> saved = operations.save(out_, device.object);
         if (!saved) return saved;
         if (out_.failed()) return out_.failure();
         const std::uint64_t size = out_.offset() - begin;
-        put_section_footer(entry);
+        end_section(entry);
         if (!machine_.options().suppress_vmdesc) describe(entry, device, size);
         return out_.status();
     }
     result<void> save_legacy(const section& entry, const handlers& pair) {
         if (!pair.save) return {};
-        put_section_header(section_type::full, entry);
+        begin_section(section_type::full, entry);
         const std::uint64_t begin = out_.offset();
         result<void> saved = pair.save(out_);
         if (!saved) return saved;
         if (out_.failed()) return out_.failure();
         const std::uint64_t size = out_.offset() - begin;
-        put_section_footer(entry);
+        end_section(entry);
         if (!machine_.options().suppress_vmdesc) describe_as_buffer(entry, size);
         return out_.status();
     }
     result<void> save_carried(const section& entry, const carried_section& carried) {
-        put_section_header(section_type::full, entry);
+        begin_section(section_type::full, entry);
         out_.write(carried.body);
-        put_section_footer(entry);
+        end_section(entry);
         if (!machine_.options().suppress_vmdesc) json_.put_raw(carried.description);
         return out_.status();
     }

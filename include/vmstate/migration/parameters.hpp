@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// What can be set on a migration: QEMU's parameters and capabilities, under their names. Depends on the standard
+// library alone.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+
+namespace vmstate::migration {
+
+/// QEMU: migrate-set-parameters and migrate-set-capabilities. Those marked so may be changed while a migration runs.
+struct parameters {
+    /// The longest that the guest should stand still (`downtime-limit`); may change. What is left is sent in one go as
+    /// soon as it is expected to fit into this.
+    std::chrono::milliseconds downtime_limit{300};
+    /// Bytes per second on the channel, 0 for no limit (`max-bandwidth`); may change. Not kept once the guest stands
+    /// still.
+    std::uint64_t max_bandwidth = 0;
+    /// Bytes per second to count on once the guest stands still, 0 for what was measured while it ran
+    /// (`avail-switchover-bandwidth`): with `max_bandwidth` that is less than the channel can do.
+    std::uint64_t avail_switchover_bandwidth = 0;
+    /// The destination's answers come back over the same channel (`return-path`): then the source knows, rather than
+    /// hopes, that all was loaded. A channel without a way back is migrated over without it.
+    bool return_path = true;
+    /// The source stops in `pre-switchover` until `source::resume()` (`pause-before-switchover`).
+    bool pause_before_switchover = false;
+    /// Slows the guest down where its writes outrun the channel (`auto-converge`): see `guest::throttle`.
+    bool auto_converge = false;
+    /// The first slowdown and the steps by which it grows, in percent of the guest's time (`cpu-throttle-initial`,
+    /// `cpu-throttle-increment`), and the most (`max-cpu-throttle`).
+    unsigned cpu_throttle_initial = 20;
+    unsigned cpu_throttle_increment = 10;
+    unsigned max_cpu_throttle = 99;
+    /// The longest that a peer may take nothing and send nothing before it counts as gone; 0 waits forever. QEMU leaves
+    /// this to TCP.
+    std::chrono::milliseconds peer_timeout{60'000};
+};
+
+} // namespace vmstate::migration

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// The messages that a destination sends back (WIRE: be16 type, be16 length, payload; QEMU: migration/migration.c,
+// rp_cmd_args). Depends on codec/ and support/.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include <vmstate/codec/byte_order.hpp>
+#include <vmstate/codec/reader.hpp>
+#include <vmstate/stream/channel.hpp>
+
+namespace vmstate::migration {
+
+enum class return_message : std::uint16_t {
+    shut = 1,           ///< be32: 0 when everything was loaded. The last one
+    pong = 2,           ///< be32: the value of the PING
+    req_pages_id = 3,   ///< be64 start, be32 length, counted block name
+    req_pages = 4,      ///< be64 start, be32 length, of the block of the request before
+    recv_bitmap = 5,    ///< counted block name; the bitmap follows outside of the length
+    resume_ack = 6,     ///< be32: 1
+    switchover_ack = 7, ///< empty
+};
+
+/// What QEMU accepts as the longest payload.
+inline constexpr std::size_t max_return_payload = 512;
+
+/// Sends messages; any thread may.
+class return_path_sender {
+public:
+    /// `way_back` has to outlive this.
+    explicit return_path_sender(output_channel& way_back) : channel_(way_back) {}
+
+    result<void> send(return_message type, std::span<const std::byte> payload) {
+        std::array<std::byte, 4 + max_return_payload> message;
+        if (payload.size() > max_return_payload)
+            return error(errc::invalid_argument, "a message of at most 512 bytes", std::to_string(payload.size()));
+        std::byte* p = vmstate::detail::store_big(message.data(), static_cast<std::uint16_t>(type));
+        p = vmstate::detail::store_big(p, static_cast<std::uint16_t>(payload.size()));
+        for (const std::byte b : payload) *p++ = b;
+        const std::span<const std::byte> whole(message.data(), p);
+        const std::lock_guard lock(channel_mutex_);
+        return channel_.writev({&whole, 1});
+    }
+    result<void> send(return_message type, std::uint32_t value) {
+        std::array<std::byte, 4> payload;
+        vmstate::detail::store_big(payload.data(), value);
+        return send(type, payload);
+    }
+
+private:
+    std::mutex channel_mutex_;
+    output_channel& channel_;
+};
+
+/// A message that has arrived.
+struct received_message {
+    return_message type{};
+    std::size_t size = 0;
+    std::array<std::byte, max_return_payload> payload;
+
+    std::uint32_t value() const { return vmstate::detail::load_big<std::uint32_t>(payload.data()); }
+};
+
+/// Reads the next message. `errc::bad_command` for one that QEMU doesn't know, or of another length than it has.
+inline result<void> read_return_message(reader& in, received_message& message) {
+    const std::uint64_t position = in.offset();
+    const std::uint16_t type = in.get_be16();
+    const std::uint16_t length = in.get_be16();
+    if (in.failed()) return error(in.failure()).within("return path");
+    const auto refuse = [&](std::string expected, std::string found) {
+        return error(errc::bad_command, std::move(expected), std::move(found)).within("return path").at_offset(position);
+    };
+    bool fits = false;
+    switch (static_cast<return_message>(type)) {
+    case return_message::shut:
+    case return_message::pong:
+    case return_message::resume_ack: fits = length == 4; break;
+    case return_message::req_pages: fits = length == 12; break;
+    // A name of one byte at least.
+    case return_message::req_pages_id: fits = length >= 14 && length <= 12 + 1 + 255; break;
+    case return_message::recv_bitmap: fits = length >= 2 && length <= 1 + 255; break;
+    case return_message::switchover_ack: fits = length == 0; break;
+    default: return refuse("a message from 1 to 7", std::to_string(type));
+    }
+    if (!fits) return refuse("another length for message " + std::to_string(type), std::to_string(length));
+    message.type = static_cast<return_message>(type);
+    message.size = length;
+    if (!in.read(message.payload.data(), length)) return error(in.failure()).within("return path");
+    return {};
+}
+
+} // namespace vmstate::migration

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// What is known of a migration at one moment, under the names of QEMU's `query-migrate`. Depends on state.hpp and
+// support/.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+
+#include <vmstate/migration/state.hpp>
+#include <vmstate/support/result.hpp>
+
+namespace vmstate::migration {
+
+/// MigrationStats: of guest memory, in bytes unless said otherwise.
+struct ram_status {
+    std::uint64_t total = 0;       ///< of all blocks that are sent
+    std::uint64_t remaining = 0;   ///< still to be sent, as far as it is known
+    std::uint64_t transferred = 0; ///< on the channel, headers and devices included
+    std::uint64_t duplicate = 0;   ///< pages sent as zero pages
+    std::uint64_t normal = 0;      ///< pages sent whole
+    std::uint64_t normal_bytes = 0;
+    std::uint64_t precopy_bytes = 0;  ///< while the guest ran
+    std::uint64_t downtime_bytes = 0; ///< while it stood still
+    std::uint64_t dirty_pages_rate = 0; ///< pages per second that the guest wrote, between the last two passes
+    std::uint64_t dirty_sync_count = 0; ///< passes: how often the dirty logs were read
+    std::uint64_t page_size = 0;
+    std::uint64_t pages_per_second = 0;
+    double mbps = 0; ///< megabits per second on the channel, lately
+};
+
+/// MigrationInfo: a consistent snapshot.
+struct status {
+    migration::state state = migration::state::none;
+    ram_status ram;
+    std::chrono::milliseconds total_time{0};        ///< since the start, or in all
+    std::chrono::milliseconds setup_time{0};        ///< until the first page
+    std::chrono::milliseconds expected_downtime{0}; ///< while active: of a switchover now
+    std::chrono::milliseconds downtime{0};          ///< at the end: how long the guest stood still, seen from here
+    unsigned cpu_throttle_percentage = 0;
+    error error_desc; ///< why it failed
+};
+
+} // namespace vmstate::migration
