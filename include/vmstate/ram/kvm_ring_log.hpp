@@ -93,9 +93,11 @@ private:
         /// page out of a log that the guest may still write without a new entry.
         result<void> harvest() {
             if (failure) return failure;
-            std::uint64_t harvested = 0;
+            bool any = false;
             for (ring& one : rings) {
-                for (;; ++one.next, ++harvested) {
+                for (std::uint32_t harvested = 0;; ++one.next, any = true) {
+                    // KVM stops the vCPU some entries before; without one left it has lost count, and pages with it.
+                    if (harvested++ == entries) return failure = error(errc::io, {}, "a dirty ring ran over");
                     kvm_dirty_gfn& entry = one.entries[one.next & (entries - 1)];
                     const std::atomic_ref<__u32> flags(entry.flags);
                     // Acquire: the rest of the entry was written before its flag. Release: KVM reuses it afterwards.
@@ -106,7 +108,7 @@ private:
                     flags.store(KVM_DIRTY_GFN_F_RESET, std::memory_order_release);
                 }
             }
-            if (harvested != 0 && ::ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0) < 0)
+            if (any && ::ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0) < 0)
                 return failure = detail::kvm_failure("KVM_RESET_DIRTY_RINGS");
             return {};
         }
