@@ -7,7 +7,8 @@
 #   --soak           long: fuzz targets run for ten minutes each; tests that know $VMSTATE_SOAK go on for longer
 #   --filter REGEX   only tests whose name matches
 #   --preset NAME    this build instead of release; may be given more than once
-#   --label REGEX    only tests whose label matches: unit, compile_fail, docs, interop, live, fuzz, package
+#   --label REGEX    only tests whose label matches: unit, compile_fail, docs, interop, live, fuzz, package,
+#                    hostile
 #   --werror         warnings are errors
 #   --no-install     take the machine as it is
 #   -j N             that many jobs (default: one per processor)

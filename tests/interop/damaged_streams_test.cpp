@@ -2,7 +2,7 @@
 // What a stream can do to whoever loads it: nothing. Real streams, damaged in every way that damages one thing, are loaded
 // into machines; each load ends with an error that names the place, or with a machine that has loaded every section of the
 // undamaged stream, and can be saved and loaded again. Under the sanitizers it is also a proof that nothing else happens.
-// Memory is counted, time is CTest's. [pc_flips] is over half of the work: CTest runs it apart.
+// Memory is counted, time is CTest's. [.pc] is over half of the work: CTest runs it beside the rest.
 #include "support/catch.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
@@ -356,7 +356,7 @@ TEST_CASE("flipped bits and bytes of a microvm, one at a time, up to the descrip
     flip_everywhere("microvm");
 }
 
-TEST_CASE("flipped bits and bytes of a pc, one at a time, up to the description", "[pc_flips]") {
+TEST_CASE("flipped bits and bytes of a pc, one at a time, up to the description", "[.pc]") {
     VMSTATE_REQUIRE_QEMU();
     flip_everywhere("pc");
 }
