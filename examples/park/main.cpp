@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// vmstate-park: takes a virtual machine from a QEMU that migrates live, keeps it in a file, and gives it to another QEMU.
+// No device is described here: those that a stream has are carried as they are, by the description in a stream that the
+// same QEMU wrote to a file before.
+#include <vmstate/machine/carry.hpp>
+#include <vmstate/machine/configuration.hpp>
+#include <vmstate/machine/vmdesc_parse.hpp>
+#include <vmstate/migrate.hpp>
+#include <vmstate/migration/destination.hpp>
+#include <vmstate/migration/source.hpp>
+
+#include <CLI/CLI.hpp>
+
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <iterator>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int exit_failed = 1;
+constexpr int exit_usage = 2;
+
+/// What a stream in a file says of the machine that wrote it.
+struct schema {
+    vmstate::machine_options options;
+    vmstate::vmdesc description;
+};
+
+vmstate::result<schema> read_schema(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) return vmstate::error(vmstate::errc::io, "a file that can be read", path);
+    const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    const std::span<const std::byte> bytes = std::as_bytes(std::span(text));
+
+    schema found;
+    vmstate::memory_reader in(bytes);
+    if (in.get_be32() != vmstate::stream_magic || in.get_be32() != vmstate::stream_version || in.failed())
+        return vmstate::error(vmstate::errc::not_a_stream, "a migration stream", path);
+    if (in.peek(1) == 1 && *in.cursor() == static_cast<std::byte>(vmstate::section_type::configuration)) {
+        in.skip(1);
+        vmstate::result<vmstate::stream_configuration> configuration = vmstate::read_configuration(in);
+        if (!configuration) return configuration.error();
+        found.options.name = configuration->machine;
+        found.options.target_page_bits = configuration->target_page_bits;
+        found.options.capabilities = configuration->capabilities.value_or(std::vector<std::string>{});
+        found.options.uuid = configuration->uuid;
+    } else {
+        found.options.send_configuration = false;
+    }
+    const vmstate::result<vmstate::vmdesc_location> location = vmstate::find_vmdesc(bytes);
+    if (!location) return location.error();
+    vmstate::result<vmstate::vmdesc> parsed = vmstate::parse_vmdesc(location->text_in(bytes), {}, location->offset);
+    if (!parsed) return parsed.error();
+    found.description = std::move(*parsed);
+    if (found.description.page_size != 0) found.options.page_size = static_cast<std::size_t>(found.description.page_size);
+    return found;
+}
+
+vmstate::load_options carried_by(const schema& known) {
+    vmstate::load_options loading = vmstate::carry_unknown();
+    loading.description = &known.description;
+    return loading;
+}
+
+int complain(const std::string& what, const vmstate::error& failure) {
+    std::fprintf(stderr, "vmstate-park: %s: %s\n", what.c_str(), failure.message().c_str());
+    return exit_failed;
+}
+
+void say_what_came(const vmstate::machine& machine, const vmstate::migration::status& last) {
+    std::size_t sections = 0;
+    for (const auto& entry : machine.sections()) sections += entry->is_carried() ? 1u : 0u;
+    std::printf("%s: %llu bytes, %zu device sections, in %lld ms\n", machine.options().name.c_str(),
+        static_cast<unsigned long long>(last.ram.transferred), sections, static_cast<long long>(last.total_time.count()));
+}
+
+int receive(const std::string& uri, const std::string& file, const std::string& schema_file) {
+    const vmstate::result<schema> known = read_schema(schema_file);
+    if (!known) return complain(schema_file, known.error());
+
+    vmstate::machine machine(known->options);
+    // A parked machine doesn't run: nothing to start.
+    vmstate::migration::guest nobody;
+    vmstate::migration::destination destination(machine, nobody, {.peer_timeout = {}}, carried_by(*known));
+    destination.observe([&](const vmstate::migration::status& at) {
+        if (at.state == vmstate::migration::state::setup && !destination.uri().empty()) {
+            std::printf("waiting at %s\n", destination.uri().c_str());
+            std::fflush(stdout);
+        }
+    });
+    if (const vmstate::result<void> arrived = destination.run(uri); !arrived) return complain(uri, arrived.error());
+    say_what_came(machine, destination.status());
+    if (const vmstate::result<void> kept = vmstate::save(machine, vmstate::open_output("file:" + file)); !kept)
+        return complain(file, kept.error());
+    std::printf("parked in %s\n", file.c_str());
+    return EXIT_SUCCESS;
+}
+
+int send(const std::string& file, const std::string& uri, const vmstate::migration::parameters& parameters) {
+    const vmstate::result<schema> known = read_schema(file);
+    if (!known) return complain(file, known.error());
+
+    vmstate::machine machine(known->options);
+    if (const vmstate::result<void> loaded = vmstate::load(machine, vmstate::open_input("file:" + file), carried_by(*known)); !loaded)
+        return complain(file, loaded.error());
+    vmstate::migration::guest nobody;
+    vmstate::migration::source source(machine, nobody, parameters);
+    if (const vmstate::result<void> started = source.start(uri); !started) return complain(uri, started.error());
+    if (const vmstate::result<void> sent = source.wait(); !sent) return complain(uri, sent.error());
+    say_what_came(machine, source.status());
+    return EXIT_SUCCESS;
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    std::string uri;
+    std::string file;
+    std::string schema_file;
+    vmstate::migration::parameters parameters;
+
+    CLI::App app{"Takes a virtual machine from a QEMU that migrates live, keeps it in a file, and gives it to another QEMU.",
+        "vmstate-park"};
+    app.require_subcommand(1);
+    CLI::App* const receiving = app.add_subcommand("receive", "Wait for a QEMU to migrate here, and keep what it sends");
+    receiving->add_option("URI", uri, "Where to listen: unix:PATH or tcp:HOST:PORT; or to read: exec:COMMAND, fd:N, file:PATH")
+        ->required();
+    receiving->add_option("FILE", file, "Where to keep it")->required();
+    receiving->add_option("--schema", schema_file,
+                 "A stream that the same QEMU, with the same machine and devices, wrote to a file: it describes them")
+        ->required();
+    CLI::App* const sending = app.add_subcommand("send", "Migrate a kept machine to a QEMU that waits with -incoming");
+    sending->add_option("FILE", file, "What was kept; or any stream that a QEMU wrote to a file")->required();
+    sending->add_option("URI", uri, "Where that QEMU waits: unix:PATH, tcp:HOST:PORT")->required();
+    sending->add_flag("!--no-return-path", parameters.return_path, "Don't ask it whether all was loaded");
+    sending->add_option("--max-bandwidth", parameters.max_bandwidth, "Bytes per second, 0 for no limit");
+    app.footer("Exit status: 0 when all went over; 1 when not, with the reason; 2 for a wrong command line.\n"
+               "\n"
+               "Example:  vmstate-park receive unix:/tmp/park.sock vm.parked --schema vm.state &\n"
+               "          echo 'migrate unix:/tmp/park.sock' | socat - unix:/tmp/monitor.sock\n"
+               "          vmstate-park send vm.parked tcp:host:4444");
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError& failure) {
+        return app.exit(failure) == 0 ? EXIT_SUCCESS : exit_usage;
+    }
+    try {
+        return receiving->parsed() ? receive(uri, file, schema_file) : send(file, uri, parameters);
+    } catch (const std::exception& failure) { // out of memory: a stream says how large the machine is
+        std::fprintf(stderr, "vmstate-park: %s\n", failure.what());
+        return exit_failed;
+    }
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: BSL-1.0
+// vmstate-park between two real QEMUs: a guest that runs is taken over live, kept in a file, and goes on in another QEMU.
+#include "support/catch.hpp"
+#include "support/counter.hpp"
+#include "support/qemu.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <utility>
+
+using namespace vmstate::tests;
+
+namespace {
+
+auto lines(std::ptrdiff_t count) {
+    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
+}
+
+/// A run of vmstate-park; both of its outputs together.
+class park {
+public:
+    explicit park(const std::string& arguments)
+        : pipe_(::popen((std::string("timeout 120 '" VMSTATE_PARK "' ") + arguments + " 2>&1").c_str(), "r")) {
+        REQUIRE(pipe_ != nullptr);
+    }
+    ~park() {
+        if (pipe_ != nullptr) ::pclose(pipe_);
+    }
+    park(const park&) = delete;
+    park& operator=(const park&) = delete;
+
+    std::string line() {
+        char text[1024] = {};
+        return std::fgets(text, sizeof text, pipe_) != nullptr ? text : "";
+    }
+    /// The rest of what it says; `status` is its exit status.
+    std::string rest(int& status) {
+        std::string all;
+        for (std::string one = line(); !one.empty(); one = line()) all += one;
+        const int ended = ::pclose(std::exchange(pipe_, nullptr));
+        status = WIFEXITED(ended) ? WEXITSTATUS(ended) : -1;
+        return all;
+    }
+
+private:
+    std::FILE* pipe_;
+};
+
+} // namespace
+
+TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
+    VMSTATE_REQUIRE_QEMU();
+    const bool return_path = GENERATE(true, false);
+    CAPTURE(return_path);
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    const qemu_options options{.machine = "pc", .rom = guest_rom("counter")};
+    qemu first(options);
+    first.wait_serial(lines(3), "3 lines");
+    REQUIRE(first.migrate_to_file(directory / "schema").completed);
+    first.cont();
+    first.wait_serial(lines(6), "6 lines");
+    first.execute("migrate-set-capabilities",
+        {{"capabilities", boost::json::array{boost::json::object{{"capability", "return-path"}, {"state", return_path}}}}});
+
+    int status = -1;
+    {
+        park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema"));
+        REQUIRE(receiving.line() == "waiting at unix:" + path("in") + "\n");
+        const migration_outcome left = first.migrate("unix:" + path("in"));
+        const std::string said = receiving.rest(status);
+        CAPTURE(said);
+        REQUIRE(left.error == "");
+        REQUIRE(status == 0);
+        CHECK(said.find("parked in " + path("parked")) != std::string::npos);
+    }
+    const std::string before = first.serial();
+
+    qemu_options more = options;
+    more.incoming = "unix:" + path("out");
+    qemu second(more);
+    const std::string said = park("send " + path("parked") + " unix:" + path("out")).rest(status);
+    CAPTURE(said);
+    REQUIRE(status == 0);
+    const auto incoming = second.wait_incoming();
+    REQUIRE(incoming.error == "");
+    REQUIRE(incoming.completed);
+    if (second.status() != "running") second.cont();
+    second.wait_serial(lines(3), "3 more lines");
+    second.stop();
+    const auto output = counter::parse_output(before + second.serial()); // throws at "BAD"
+    for (std::size_t i = 1; i < output.size(); ++i) REQUIRE(output[i].round == output[i - 1].round + 1);
+}
+
+TEST_CASE("a machine that isn't the schema's is refused by name, and its guest runs on") {
+    VMSTATE_REQUIRE_QEMU();
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    qemu other({.machine = "microvm", .rom = guest_rom("counter")});
+    other.wait_serial(lines(1), "a line");
+    REQUIRE(other.migrate_to_file(directory / "schema").completed);
+    qemu first({.machine = "pc", .rom = guest_rom("counter")});
+    first.wait_serial(lines(1), "a line");
+    first.execute("migrate-set-capabilities",
+        {{"capabilities", boost::json::array{boost::json::object{{"capability", "return-path"}, {"state", true}}}}});
+    park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema"));
+    receiving.line();
+    CHECK_FALSE(first.migrate("unix:" + path("in")).completed);
+    int status = -1;
+    const std::string said = receiving.rest(status);
+    CHECK(status == 1);
+    CHECK(said.find("configuration/name") != std::string::npos);
+    CHECK(first.status() == "running");
+    CHECK_FALSE(std::filesystem::exists(directory / "parked"));
+}
