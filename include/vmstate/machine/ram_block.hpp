@@ -7,7 +7,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <optional>
 #include <span>
@@ -15,6 +14,7 @@
 #include <utility>
 
 #include <vmstate/support/result.hpp>
+#include <vmstate/support/zero_bytes.hpp>
 
 namespace vmstate {
 
@@ -79,10 +79,6 @@ struct ram_block {
 };
 
 /// True when all bytes of `page` are zero.
-inline bool is_zero_page(std::span<const std::byte> page) noexcept {
-    if (page.empty()) return true;
-    // Compared with itself one byte on: vectorised by the C library, and over at the first difference.
-    return page.front() == std::byte{0} && std::memcmp(page.data(), page.data() + 1, page.size() - 1) == 0;
-}
+inline bool is_zero_page(std::span<const std::byte> page) noexcept { return are_zero(page); }
 
 } // namespace vmstate
