@@ -84,7 +84,7 @@ qemu=${VMSTATE_QEMU:-qemu-system-x86_64}
 command -v "$qemu" >/dev/null || die "no $qemu"
 "$qemu" --version | head -n 1 || die "$qemu does not run"
 
-step "2. Build the examples and the guest program"
+step "2. Build the examples and the guest program (the first time about a minute, without a word)"
 build=${VMSTATE_BUILD_ROOT:-.build}/release
 if ! { cmake --preset release -B "$build" &&
     cmake --build "$build" -j "$jobs" --target keyboard hana_print vmstate-inspect vmstate-rewrite vmstate_guests
@@ -92,7 +92,8 @@ if ! { cmake --preset release -B "$build" &&
     cat "$work/build.log"
     die "the examples do not build"
 fi
-echo "in $build/examples"
+printf '%s\n' "$build/examples/inspect/vmstate-inspect" "$build/examples/pc_devices/vmstate-rewrite" \
+    "$build/examples/keyboard/keyboard" "$build/examples/hana_print/hana_print"
 guest=$build/tests/guests/counter.img
 
 # ---- the main job -----------------------------------------------------------------------------------------------

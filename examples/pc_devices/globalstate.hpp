@@ -80,6 +80,10 @@ inline bool global_state_needed(const GlobalState& s) {
 }
 
 inline bool global_state_pre_save(GlobalState& s) {
+    // Nobody loads a state without a name: where none was stored, it is the one that the machine is in.
+    if (global_state_name(s).empty()) {
+        global_state_store(s, s.state);
+    }
     const std::size_t length = global_state_name(s).size();
     s.size = static_cast<std::uint32_t>(length + 1);
     return s.size <= std::size(s.runstate);

@@ -554,6 +554,20 @@ TEST_CASE("each kind of machine has the devices of its streams, in their order")
     CHECK(sections_of(machine_kind::none, 1) == "timer#0 globalstate#0 ");
 }
 
+TEST_CASE("a run state that nobody has stored is saved by the name of the one that there is") {
+    GlobalState fresh;
+    fresh.state = run_state::paused;
+    const std::string body = saved<vmstate_globalstate>(fresh);
+    GlobalState again;
+    REQUIRE(outcome(loaded<vmstate_globalstate>(body, again)) == "ok");
+    CHECK(again.state == run_state::paused);
+    CHECK(again.size == 7); // with its NUL
+    // One that was stored goes first.
+    global_state_store(fresh, run_state::running);
+    REQUIRE(outcome(loaded<vmstate_globalstate>(saved<vmstate_globalstate>(fresh), again)) == "ok");
+    CHECK(again.state == run_state::running);
+}
+
 TEST_CASE("a machine of these devices is saved, and loaded by another one") {
     for (const machine_kind kind :
         {machine_kind::pc, machine_kind::q35, machine_kind::isapc, machine_kind::microvm, machine_kind::none}) {
