@@ -32,6 +32,10 @@ struct parameters {
     unsigned cpu_throttle_initial = 20;
     unsigned cpu_throttle_increment = 10;
     unsigned max_cpu_throttle = 99;
+    /// Pages that are sent again go as their difference from before, where that is smaller (`xbzrle`), with a cache of so
+    /// many bytes, a power of two (`xbzrle-cache-size`): for channels that are slower than a comparison.
+    bool xbzrle = false;
+    std::uint64_t xbzrle_cache_size = std::uint64_t{64} << 20;
     /// The longest that a peer may take nothing and send nothing before it counts as gone; 0 waits forever. QEMU leaves
     /// this to TCP.
     std::chrono::milliseconds peer_timeout{60'000};

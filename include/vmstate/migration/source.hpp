@@ -35,6 +35,7 @@
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/ram/page_bitmap.hpp>
 #include <vmstate/ram/page_writer.hpp>
+#include <vmstate/ram/xbzrle.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/buffered_writer.hpp>
 #include <vmstate/stream/open.hpp>
@@ -117,6 +118,7 @@ private:
         ram_block* block;
         any_dirty_log* log; // null without one
         page_bitmap dirty;
+        std::uint64_t address; // of its first page among all blocks, for the XBZRLE cache
     };
 
     bool is_running() const {
@@ -134,6 +136,8 @@ private:
         blocks_.clear();
         at_block_ = at_page_ = 0;
         pages_before_window_ = sent_before_sync_ = 0;
+        pass_ = 1;
+        xbzrle_.reset();
         outrun_ = throttled_ = 0;
         stopped_at_.reset();
         monitor_.enter(state::setup);
@@ -219,6 +223,11 @@ private:
             }
         }
         collect_blocks();
+        if (settings.xbzrle) {
+            result<xbzrle_encoder> made = xbzrle_encoder::make(settings.xbzrle_cache_size, page_size());
+            if (!made) return made.error();
+            xbzrle_.emplace(std::move(*made));
+        }
         for (sent_block& one : blocks_) {
             one.dirty.set_range(0, one.dirty.size());
             if (one.log == nullptr) continue;
@@ -242,11 +251,13 @@ private:
     void collect_blocks() {
         ram_section* const ram = machine_.ram();
         if (ram == nullptr) return;
+        std::uint64_t address = 0;
         for (const std::unique_ptr<ram_block>& block : ram->blocks()) {
             if (ram->is_ignored(*block)) continue;
             const auto log = guest_.dirty_logs.find(block->name);
             blocks_.push_back({block.get(), log == guest_.dirty_logs.end() ? nullptr : &log->second,
-                               page_bitmap(static_cast<std::size_t>(block->used_length / page_size()))});
+                               page_bitmap(static_cast<std::size_t>(block->used_length / page_size())), address});
+            address += block->used_length;
         }
     }
     void stop_logs() {
@@ -323,13 +334,28 @@ private:
                 one.dirty.clear(page);
                 const std::uint64_t offset = static_cast<std::uint64_t>(page) * page_size();
                 const std::span<const std::byte> bytes = one.block->page(offset, page_size());
-                if (is_zero_page(bytes)) pages.put_zero(*one.block, offset);
-                else pages.put_page(*one.block, offset, bytes);
+                send_page(pages, one, offset, bytes);
             }
             count -= end - run.first;
             at_page_ = end;
         }
         return {};
+    }
+    void send_page(page_writer& pages, const sent_block& one, std::uint64_t offset, std::span<const std::byte> bytes) {
+        const bool is_zero = is_zero_page(bytes);
+        if (is_zero) pages.put_zero(*one.block, offset);
+        // In the first pass there is nothing yet that a page could differ from.
+        if (!xbzrle_ || pass_ == 1) {
+            if (!is_zero) pages.put_page(*one.block, offset, bytes);
+            return;
+        }
+        if (is_zero) return xbzrle_->sent_zero(one.address + offset, pass_);
+        const xbzrle_page how = xbzrle_->encode(one.address + offset, bytes, pass_);
+        if (how.how == xbzrle_page::kind::encoded) pages.put_xbzrle(*one.block, offset, how.bytes);
+        else if (how.how == xbzrle_page::kind::plain) {
+            if (how.bytes.data() == bytes.data()) pages.put_page(*one.block, offset, bytes);
+            else pages.put_page_copy(*one.block, offset, how.bytes); // the cache goes on to other pages
+        }
     }
     result<void> sleep_until_window_ends() {
         monitor_.wait_until(meter_.window_end(), [&](const migration::status& at) {
@@ -359,6 +385,7 @@ private:
         at.ram.duplicate = counts.duplicate;
         at.ram.normal = counts.normal;
         at.ram.normal_bytes = counts.normal_bytes;
+        if (xbzrle_) at.xbzrle_cache = xbzrle_->counts();
         if (stopped_at_) at.ram.downtime_bytes = transferred - at.ram.precopy_bytes;
         else at.ram.precopy_bytes = transferred;
     }
@@ -374,6 +401,7 @@ private:
             if (!found) return found.error().within(one.block->name);
             newly += *found;
         }
+        ++pass_;
         const clock::time_point now = clock::now();
         const std::chrono::duration<double> time = now - last_sync_;
         const std::uint64_t left = pending_bytes();
@@ -532,6 +560,8 @@ private:
     std::vector<sent_block> blocks_;
     std::size_t at_block_ = 0; ///< where the scan goes on
     std::size_t at_page_ = 0;
+    std::uint64_t pass_ = 1; ///< over the memory
+    std::optional<xbzrle_encoder> xbzrle_;
     std::uint64_t pages_before_window_ = 0;
     std::uint64_t sent_before_sync_ = 0; ///< bytes of whole pages
     unsigned outrun_ = 0;

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// What is known of a migration at one moment, under the names of QEMU's `query-migrate`. Depends on state.hpp and
-// support/.
+// What is known of a migration at one moment, under the names of QEMU's `query-migrate`. Depends on state.hpp,
+// ram/xbzrle.hpp and support/.
 #pragma once
 
 #include <chrono>
 #include <cstdint>
 
 #include <vmstate/migration/state.hpp>
+#include <vmstate/ram/xbzrle.hpp>
 #include <vmstate/support/result.hpp>
 
 namespace vmstate::migration {
@@ -33,6 +34,7 @@ struct ram_status {
 struct status {
     migration::state state = migration::state::none;
     ram_status ram;
+    xbzrle_counts xbzrle_cache; ///< with the parameter `xbzrle`
     std::chrono::milliseconds total_time{0};        ///< since the start, or in all
     std::chrono::milliseconds setup_time{0};        ///< until the first page
     std::chrono::milliseconds expected_downtime{0}; ///< while active: of a switchover now
