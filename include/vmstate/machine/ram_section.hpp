@@ -125,7 +125,7 @@ public:
         while (records_.next(in, record)) {
             if (record.kind == ram_record_kind::end_of_section) return {};
             // Without multifd channels there is nothing to wait for. It doesn't tell that there were any: QEMU 8.1 sends
-            // it without multifd, too, and up to 7.2 multifd goes without it.
+            // it without multifd, too, and up to 8.0 multifd goes without it.
             if (record.kind == ram_record_kind::multifd_flush) continue;
             result<void> done = record.kind == ram_record_kind::block_list
                                     ? load_block_list(in, record, rules)
