@@ -4,6 +4,8 @@
 // dirty_log.hpp.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include <vmstate/ram/dirty_log.hpp>
