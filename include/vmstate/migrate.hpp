@@ -10,5 +10,6 @@
 #include <vmstate/machine/save.hpp>
 #include <vmstate/migration/destination.hpp>
 #include <vmstate/migration/source.hpp>
+#include <vmstate/ram/marked_log.hpp>
 #include <vmstate/stream/memory_channel.hpp>
 #include <vmstate/stream/open.hpp>

@@ -258,7 +258,7 @@ TEST_CASE("QEMU's URIs are taken apart") {
         CHECK(parsed.error() == errc::bad_uri);
     }
     CHECK(parse_uri(std::string_view("file:a\0b", 8)).error() == errc::bad_uri);
-    for (const char* later : {"tcp:localhost:4444", "unix:/run/vm.sock", "vsock:1:2", "rdma:host:1"}) {
+    for (const char* later : {"vsock:1:2", "rdma:host:1"}) {
         const result<uri> parsed = parse_uri(later);
         REQUIRE_FALSE(parsed.has_value());
         CHECK(parsed.error() == errc::unsupported);

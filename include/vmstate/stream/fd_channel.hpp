@@ -112,7 +112,7 @@ private:
 };
 
 /// Parts as the system wants them, as many as fit into one call.
-constexpr std::size_t max_parts = 64;
+constexpr std::size_t max_parts = 256;
 
 } // namespace detail
 
