@@ -110,7 +110,7 @@ struct meeting {
 meeting meet(const tls_credentials& client, const tls_credentials& server, const std::string& hostname = "localhost") {
     auto [near, far] = socket_pair();
     auto accepting = std::async(
-        std::launch::async, [&server, &far = far] { return tls_server(std::move(far), server); });
+        std::launch::async, [&server, &accepted = far] { return tls_server(std::move(accepted), server); });
     meeting outcome;
     outcome.client = tls_client(std::move(near), client, hostname);
     outcome.server = accepting.get();
@@ -169,7 +169,7 @@ void check_both_ways(meeting& both) {
     const std::vector<std::byte> all = pattern(500'000);
     std::vector<std::span<const std::byte>> parts;
     std::size_t cut = 0;
-    for (const std::size_t size : {1, 0, 8, 4096, 16'384, 16'385, 100'000, 3})
+    for (const std::size_t size : std::array<std::size_t, 8>{1, 0, 8, 4096, 16'384, 16'385, 100'000, 3})
         parts.push_back(std::span(all).subspan(std::exchange(cut, cut + size), size));
     parts.push_back(std::span(all).subspan(cut));
     auto reading = std::async(std::launch::async, [&] { return get(**both.server, all.size()); });
@@ -593,7 +593,7 @@ TEST_CASE("who doesn't speak TLS, or damages it, gets an error") {
         REQUIRE(message_of(raw) == "");
         const tls_credentials server = kit.server();
         auto accepting = std::async(
-            std::launch::async, [&server, &far = far] { return tls_server(std::move(far), server); });
+            std::launch::async, [&server, &accepted = far] { return tls_server(std::move(accepted), server); });
         auto client = tls_client(std::move(near), kit.client(), "localhost");
         auto secured = accepting.get();
         REQUIRE(message_of(client) == "");
@@ -615,7 +615,7 @@ TEST_CASE("small parts share records: what goes over the wire is little more tha
     auto counted = std::make_unique<counting_channel>(std::move(near), written);
     const tls_credentials server = kit.server();
     auto accepting = std::async(
-        std::launch::async, [&server, &far = far] { return tls_server(std::move(far), server); });
+        std::launch::async, [&server, &accepted = far] { return tls_server(std::move(accepted), server); });
     auto client = tls_client(std::move(counted), kit.client(), "localhost");
     auto secured = accepting.get();
     REQUIRE(message_of(client) == "");
