@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// live_machine: a small virtual machine that migrates, while it runs, from one process to another. What its guest
+// prints is its serial port's output, on stdout; what is said of migrations is on stderr.
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+
+#include <CLI/CLI.hpp>
+
+#include <vmstate/migration/destination.hpp>
+#include <vmstate/migration/source.hpp>
+
+#include "events.hpp"
+#include "report.hpp"
+#include "vm.hpp"
+
+namespace {
+
+using live::events;
+using vmstate::migration::status;
+
+constexpr int exit_failed = 1;
+constexpr int exit_usage = 2;
+
+struct command_line {
+    bool incoming = false;
+    std::string listen_uri;  // where the guest comes from, or back from
+    std::string migrate_uri; // where it goes to
+    double after = 1;
+    unsigned times = 1;
+    std::optional<double> run_for;
+    std::uint64_t memory = std::uint64_t{64} << 20;
+    std::string dirty_log = "marked";
+    unsigned dirty_share = 25;
+    std::uint32_t dirty_rate = 1000;
+    std::uint32_t tick_interval = 100;
+    std::uint32_t downtime_limit = 300;
+    vmstate::migration::parameters parameters;
+    std::string serial;
+    bool json = false;
+};
+
+events::clock::duration duration(double seconds) {
+    return std::chrono::duration_cast<events::clock::duration>(std::chrono::duration<double>(seconds));
+}
+
+/// Work for the guest, in whole pages and intervals of about 10 ms.
+live::guest_parameters guest_work(const command_line& asked) {
+    constexpr std::uint32_t page = 4096;
+    constexpr std::uint32_t second = 1'000'000;
+    constexpr std::uint32_t usual_interval = 10'000;
+    live::guest_parameters work{};
+    work.hot_begin = live::vm::ram_base + live::guest_parameters::first_free;
+    work.cold_end = live::vm::ram_base + static_cast<std::uint32_t>(asked.memory);
+    const std::uint64_t pages = (work.cold_end - work.hot_begin) / page;
+    work.hot_end = work.hot_begin + static_cast<std::uint32_t>(pages * asked.dirty_share / 100) * page;
+    work.interval_us = usual_interval;
+    if (asked.dirty_rate != 0 && asked.dirty_rate < second / usual_interval) work.interval_us = second / asked.dirty_rate;
+    work.interval_us = std::min(work.interval_us, asked.tick_interval * 1000);
+    work.pages_per_interval = static_cast<std::uint32_t>(
+        (std::uint64_t{asked.dirty_rate} * work.interval_us + second - 1) / second);
+    work.intervals_per_tick = std::max(asked.tick_interval * 1000 / work.interval_us, 1u);
+    return work;
+}
+
+class program {
+public:
+    program(const command_line& asked, live::vm& vm, const events& all, live::report& said)
+        : asked_(asked), vm_(vm), events_(all), report_(said) {}
+
+    int run() {
+        if (asked_.incoming) {
+            if (!prepare_to_receive()) return exit_failed;
+            if (!receive()) return exit_failed;
+        } else {
+            vm_.boot(guest_work(asked_));
+            vm_.start();
+            report_.running();
+        }
+        unsigned times_left = asked_.migrate_uri.empty() ? 0 : asked_.times;
+        while (times_left != 0) {
+            if (!run_guest(duration(asked_.after))) return exit_failed;
+            --times_left;
+            // Where a guest comes in, it may come again; listen before it goes, so that it isn't too fast for us.
+            const bool returns = !asked_.listen_uri.empty() && (!asked_.incoming || times_left != 0);
+            if (returns && !prepare_to_receive()) return exit_failed;
+            if (!send()) {
+                // The guest is here, and that the program was asked for something else doesn't change that.
+                static_cast<void>(run_guest(run_for()));
+                return exit_failed;
+            }
+            if (!returns) return EXIT_SUCCESS;
+            if (!receive()) return exit_failed;
+        }
+        return run_guest(run_for()) ? EXIT_SUCCESS : exit_failed;
+    }
+
+private:
+    std::optional<events::clock::duration> run_for() const {
+        if (!asked_.run_for) return {};
+        return duration(*asked_.run_for);
+    }
+
+    /// Lets the guest run for so long, or until somebody ends it; false where it was not the time that ended it, unless
+    /// there is none.
+    bool run_guest(std::optional<events::clock::duration> time) {
+        std::optional<events::clock::time_point> deadline;
+        if (time) deadline = events::clock::now() + *time;
+        for (;;) {
+            const events::what happened = events_.wait(deadline);
+            if (happened == events::what::time) return true;
+            if (happened == events::what::interrupted) return !time;
+            if (const std::string why = vm_.why_halted(); !why.empty()) {
+                report_.halted(why);
+                return false;
+            }
+        }
+    }
+
+    bool send() {
+        vmstate::migration::source source(vm_.machine(), vm_.guest(), asked_.parameters);
+        source.observe([&](const status& at) {
+            report_.progress(at);
+            if (is_final(at.state)) events_.tell();
+        });
+        if (const vmstate::result<void> started = source.start(asked_.migrate_uri); !started)
+            return complain(asked_.migrate_uri, started.error());
+        while (!is_final(source.status().state))
+            if (events_.wait() == events::what::interrupted) {
+                source.cancel();
+                break;
+            }
+        if (const vmstate::result<void> moved = source.wait(); !moved) {
+            complain(asked_.migrate_uri, moved.error());
+            report_.guest_runs_on();
+            return false;
+        }
+        report_.left(source.status());
+        return true;
+    }
+
+    bool prepare_to_receive() {
+        destination_ = std::make_unique<vmstate::migration::destination>(vm_.machine(), vm_.guest(), asked_.parameters);
+        if (!is_socket(asked_.listen_uri)) return true;
+        if (const vmstate::result<void> listening = destination_->listen(asked_.listen_uri); !listening)
+            return complain(asked_.listen_uri, listening.error());
+        report_.waiting(destination_->uri());
+        return true;
+    }
+    bool receive() {
+        vmstate::result<void> arrived;
+        std::atomic<bool> is_over = false;
+        std::thread receiving([&] {
+            arrived = is_socket(asked_.listen_uri) ? destination_->run() : destination_->run(asked_.listen_uri);
+            is_over.store(true);
+            events_.tell();
+        });
+        while (!is_over.load())
+            if (events_.wait() == events::what::interrupted) {
+                destination_->cancel();
+                break;
+            }
+        receiving.join();
+        if (!arrived) return complain(asked_.listen_uri, arrived.error());
+        report_.arrived(destination_->status());
+        destination_.reset();
+        return true;
+    }
+
+    static bool is_socket(const std::string& uri) { return uri.starts_with("unix:") || uri.starts_with("tcp:"); }
+    bool complain(const std::string& what, const vmstate::error& failure) {
+        report_.failed(what, failure.message());
+        return false;
+    }
+
+    const command_line& asked_;
+    live::vm& vm_;
+    const events& events_;
+    live::report& report_;
+    std::unique_ptr<vmstate::migration::destination> destination_;
+};
+
+int run(command_line asked) {
+    // The first thing: threads inherit what it does to signals. A peer that is gone is an error, not a signal.
+    const events all;
+    ::signal(SIGPIPE, SIG_IGN);
+    live::report said(asked.json, ::isatty(STDERR_FILENO) == 1);
+
+    asked.parameters.downtime_limit = std::chrono::milliseconds(asked.downtime_limit);
+    vmstate::unique_fd serial(asked.serial.empty()
+                                  ? ::dup(STDOUT_FILENO)
+                                  : ::open(asked.serial.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+    if (!serial) {
+        said.failed(asked.serial.empty() ? "stdout" : asked.serial, std::system_category().message(errno));
+        return exit_failed;
+    }
+    vmstate::result<std::unique_ptr<live::vm>> vm = live::vm::make({.memory = asked.memory,
+        .dirty_log = asked.dirty_log == "pagemap" ? live::dirty_log_kind::pagemap : live::dirty_log_kind::marked,
+        .serial = serial.get(),
+        .on_halt = [&all] { all.tell(); }});
+    if (!vm) {
+        said.failed("machine", vm.error().message());
+        return exit_failed;
+    }
+    return program(asked, **vm, all, said).run();
+}
+
+void add_common_options(CLI::App& to, command_line& asked) {
+    to.add_option("--memory", asked.memory, "RAM of the guest, with K, M or G; both sides the same")
+        ->transform(CLI::AsSizeValue(false))
+        ->capture_default_str();
+    to.add_option("--dirty-log", asked.dirty_log, "How writes to RAM are found: marked by the processor, or by the kernel")
+        ->check(CLI::IsMember({"marked", "pagemap"}))
+        ->capture_default_str();
+    to.add_option("--serial", asked.serial, "Append the serial port's output to this file; stdout without");
+    to.add_flag("--json", asked.json, "Say on stderr what happens as JSON, one object a line");
+    CLI::Option* const migrate =
+        to.add_option("--migrate-to", asked.migrate_uri, "Where the guest goes: unix:PATH, tcp:HOST:PORT, exec:, file:");
+    to.add_option("--after", asked.after, "Seconds that the guest runs here before it goes")
+        ->needs(migrate)
+        ->check(CLI::Range(0.0, 1e6))
+        ->capture_default_str();
+    to.add_option("--times", asked.times, "How often it goes, where it comes back each time")
+        ->needs(migrate)
+        ->capture_default_str();
+    to.add_option("--for", asked.run_for, "Seconds after which the program ends, once the guest is here to stay")
+        ->check(CLI::Range(0.0, 1e6));
+    to.add_option("--downtime-limit", asked.downtime_limit, "Milliseconds that the guest may stand still")
+        ->capture_default_str();
+    to.add_option("--max-bandwidth", asked.parameters.max_bandwidth, "Bytes per second, with K, M or G; 0 for no limit")
+        ->transform(CLI::AsSizeValue(false))
+        ->capture_default_str();
+    to.add_flag("--auto-converge", asked.parameters.auto_converge, "Slow the guest down where it writes too fast");
+    to.add_flag("--xbzrle", asked.parameters.xbzrle, "Send pages that go again as differences");
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    CLI::App app("A small virtual machine that migrates, while it runs, from one process to another.", "live_machine");
+    app.require_subcommand(1);
+    command_line asked;
+    CLI::App* const running = app.add_subcommand("run", "Start a guest");
+    add_common_options(*running, asked);
+    running->add_option("--come-back", asked.listen_uri, "Where to wait for the guest after it has gone: unix:PATH, tcp:HOST:PORT")
+        ->needs("--migrate-to");
+    running->add_option("--dirty-share", asked.dirty_share, "Percent of its RAM that the guest writes; the rest it only checks")
+        ->check(CLI::Range(0, 100))
+        ->capture_default_str();
+    running->add_option("--dirty-rate", asked.dirty_rate, "Pages that it writes, and pages that it checks, in a second")
+        ->check(CLI::Range(0, 1'000'000))
+        ->capture_default_str();
+    running->add_option("--tick-interval", asked.tick_interval, "Milliseconds between two ticks")
+        ->check(CLI::Range(1, 10'000))
+        ->capture_default_str();
+    CLI::App* const incoming = app.add_subcommand("incoming", "Wait for a guest that runs elsewhere");
+    incoming->add_option("URI", asked.listen_uri, "Where to wait for it: unix:PATH, tcp:HOST:PORT")->required();
+    add_common_options(*incoming, asked);
+    app.footer("The guest prints \"tick N\" and checks its memory; \"BAD page\" would say that some of it was lost.\n"
+               "\n"
+               "Exit status: 0 when all went well; 1 when a migration or the guest failed, with the reason; 2 for a wrong\n"
+               "command line.\n"
+               "\n"
+               "Example:  live_machine incoming unix:/tmp/vm.sock &\n"
+               "          live_machine run --migrate-to unix:/tmp/vm.sock --after 3");
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError& failure) {
+        return app.exit(failure) == 0 ? EXIT_SUCCESS : exit_usage;
+    }
+    asked.incoming = incoming->parsed();
+    try {
+        return run(asked);
+    } catch (const std::exception& failure) {
+        std::fprintf(stderr, "live_machine: %s\n", failure.what());
+        return exit_failed;
+    }
+}

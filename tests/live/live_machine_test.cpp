@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: BSL-1.0
+// examples/live_machine: a guest moves between processes while it counts and checks its memory. No tick is lost, none
+// comes twice, and no page is lost or stale; whatever becomes of the destination, the guest goes on somewhere.
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <boost/json.hpp>
+
+#include <support/catch.hpp>
+#include <support/qemu.hpp>
+
+using namespace vmstate::tests;
+using namespace std::chrono_literals;
+
+#ifndef LIVE_MACHINE
+TEST_CASE("live_machine") { skip("live_machine was not built: no clang or objcopy to assemble its guest"); }
+#else
+
+namespace {
+
+/// Longer than anything takes, on any machine.
+constexpr auto patience = 60s;
+
+/// A run of live_machine; ends with the test.
+class process {
+public:
+    explicit process(const std::vector<std::string>& arguments) {
+        int ends[2];
+        if (::pipe2(ends, O_CLOEXEC) != 0) throw std::runtime_error("pipe");
+        child_ = ::fork();
+        if (child_ < 0) throw std::runtime_error("fork");
+        if (child_ == 0) {
+            ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+            ::dup2(ends[1], STDERR_FILENO);
+            std::vector<char*> argv{const_cast<char*>("live_machine")};
+            for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+            argv.push_back(nullptr);
+            ::execv(LIVE_MACHINE, argv.data());
+            ::_exit(127);
+        }
+        ::close(ends[1]);
+        events_ = ends[0];
+    }
+    ~process() {
+        if (child_ > 0) {
+            ::kill(child_, SIGKILL);
+            ::waitpid(child_, nullptr, 0);
+        }
+        ::close(events_);
+    }
+    process(const process&) = delete;
+    process& operator=(const process&) = delete;
+
+    void send(int signal) const { ::kill(child_, signal); }
+
+    /// Its next event of this name; those before it are counted.
+    boost::json::object wait_for(std::string_view name) {
+        for (;;) {
+            const std::string line = next_line();
+            if (line.empty()) throw std::runtime_error("it ended before \"" + std::string(name) + "\":\n" + said_);
+            boost::json::value event;
+            try {
+                event = boost::json::parse(line);
+            } catch (const std::exception&) {
+                throw std::runtime_error("not an event:\n" + said_);
+            }
+            ++counts_[std::string(event.at("event").as_string())];
+            if (event.at("event").as_string() == boost::json::string_view(name.data(), name.size()))
+                return event.as_object();
+        }
+    }
+    std::size_t count(const std::string& name) const {
+        const auto found = counts_.find(name);
+        return found == counts_.end() ? 0 : found->second;
+    }
+    /// Reads the rest of its events; its exit status.
+    int wait() {
+        for (std::string line = next_line(); !line.empty(); line = next_line())
+            ++counts_[std::string(boost::json::parse(line).at("event").as_string())];
+        int status = 0;
+        ::waitpid(std::exchange(child_, -1), &status, 0);
+        return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    }
+    const std::string& said() const { return said_; }
+
+private:
+    /// Empty at the end.
+    std::string next_line() {
+        const auto deadline = std::chrono::steady_clock::now() + patience;
+        for (;;) {
+            if (const std::size_t end = unread_.find('\n'); end != std::string::npos) {
+                const std::string line = unread_.substr(0, end);
+                unread_.erase(0, end + 1);
+                said_ += line + '\n';
+                return line;
+            }
+            ::pollfd ready{events_, POLLIN, 0};
+            const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+            if (left <= 0ms || ::poll(&ready, 1, static_cast<int>(left.count())) == 0)
+                throw std::runtime_error("it says nothing any more, after:\n" + said_);
+            char bytes[4096];
+            const ssize_t got = ::read(events_, bytes, sizeof bytes);
+            if (got <= 0) return std::exchange(unread_, {});
+            unread_.append(bytes, static_cast<std::size_t>(got));
+        }
+    }
+
+    pid_t child_ = -1;
+    int events_ = -1;
+    std::string unread_;
+    std::string said_;
+    std::map<std::string, std::size_t> counts_;
+};
+
+std::string text_of(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+/// How many ticks a guest has printed. Throws unless they are 1, 2, 3 and so on, and nothing else: a "BAD page" is not.
+std::uint64_t count_ticks(const std::string& serial) {
+    std::uint64_t ticks = 0;
+    for (std::size_t at = 0; at < serial.size();) {
+        const std::size_t end = serial.find('\n', at);
+        const std::string line = serial.substr(at, end - at);
+        const std::string expected = "tick " + std::to_string(ticks + 1);
+        if (end == std::string::npos) { // on its way
+            if (!std::string_view(expected).starts_with(line)) throw std::runtime_error("not a tick: " + line);
+            break;
+        }
+        if (line != expected) throw std::runtime_error("\"" + line + "\" instead of \"" + expected + "\"");
+        ++ticks;
+        at = end + 1;
+    }
+    return ticks;
+}
+
+/// Waits until the guest has printed `more` ticks more than `before`.
+void wait_for_ticks(const std::function<std::string()>& serial, std::uint64_t before, std::uint64_t more) {
+    const auto deadline = std::chrono::steady_clock::now() + patience;
+    while (count_ticks(serial()) < before + more) {
+        if (std::chrono::steady_clock::now() > deadline) throw std::runtime_error("the guest doesn't tick");
+        std::this_thread::sleep_for(10ms);
+    }
+}
+
+using arguments = std::vector<std::string>;
+arguments operator+(arguments some, const arguments& more) {
+    some.insert(some.end(), more.begin(), more.end());
+    return some;
+}
+
+/// Work enough that pages go more than once.
+const arguments busy{"--tick-interval", "20", "--dirty-rate", "2000", "--dirty-share", "25"};
+
+bool can_log_by_pagemap() {
+    process one({"run", "--json", "--dirty-log", "pagemap", "--for", "0", "--serial", "/dev/null"});
+    return one.wait() == 0;
+}
+
+} // namespace
+
+TEST_CASE("a guest goes from one process to another without a lost tick") {
+    const std::string address = GENERATE(as<std::string>(), "unix", "tcp");
+    const std::string log = GENERATE(as<std::string>(), "marked", "pagemap");
+    CAPTURE(address, log);
+    if (log == "pagemap" && !can_log_by_pagemap()) return skip("this kernel has no PAGEMAP_SCAN");
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    const arguments common{"--json", "--memory", "16M", "--dirty-log", log};
+
+    process destination(arguments{"incoming", address == "unix" ? "unix:" + path("socket") : "tcp:127.0.0.1:0",
+                            "--serial", path("after")} + common);
+    const std::string uri(destination.wait_for("waiting").at("uri").as_string());
+    process source(arguments{"run", "--serial", path("before"), "--migrate-to", uri, "--after", "0.3", "--max-bandwidth",
+                       "32M", "--downtime-limit", "20"} + common + busy);
+    const boost::json::object summary = source.wait_for("migrated");
+    CHECK(source.wait() == 0);
+    CHECK(source.count("pass") == summary.at("passes").to_number<std::size_t>());
+    CHECK(source.count("pass") >= 3);
+    CHECK(summary.at("transferred").to_number<std::uint64_t>() > 16u << 20);
+    destination.wait_for("arrived");
+
+    const std::string before = text_of(directory / "before");
+    wait_for_ticks([&] { return before + text_of(directory / "after"); }, count_ticks(before), 10);
+    destination.send(SIGTERM);
+    CHECK(destination.wait() == 0);
+    CHECK(count_ticks(before) > 0);
+    CHECK(count_ticks(before + text_of(directory / "after")) >= count_ticks(before) + 10);
+}
+
+TEST_CASE("a guest goes back and forth, again and again") {
+    const std::string times = std::getenv("VMSTATE_SOAK") != nullptr ? "100" : "5"; // each way
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    // Both append to one file: it is one guest's output.
+    const arguments common{"--json", "--memory", "8M", "--serial", path("serial"), "--times", times, "--after", "0.05",
+        "--max-bandwidth", "128M", "--downtime-limit", "10"};
+
+    process other(arguments{"incoming", "unix:" + path("there"), "--migrate-to", "unix:" + path("back")} + common);
+    other.wait_for("waiting");
+    process one(arguments{"run", "--migrate-to", "unix:" + path("there"), "--come-back", "unix:" + path("back")} + common + busy);
+    for (std::size_t i = 0; i != std::stoul(times); ++i) {
+        one.wait_for("migrated");
+        other.wait_for("migrated");
+        one.wait_for("arrived");
+    }
+    CHECK(other.wait() == 0);
+    const auto serial = [&] { return text_of(directory / "serial"); };
+    // So long that all of its memory has been checked once more.
+    wait_for_ticks(serial, count_ticks(serial()), 60);
+    one.send(SIGTERM);
+    CHECK(one.wait() == 0);
+    CHECK(std::to_string(one.count("migrated")) == times);
+    CHECK(std::to_string(other.count("migrated")) == times);
+    CHECK(one.count("failed") + other.count("failed") == 0);
+}
+
+TEST_CASE("the guest ticks on where it is when the destination is killed") {
+    const temporary_directory directory;
+    const std::string uri = "unix:" + (directory / "socket").string();
+    const arguments common{"--json", "--memory", "16M"};
+    process destination(arguments{"incoming", uri, "--serial", (directory / "after").string()} + common);
+    destination.wait_for("waiting");
+    // Four seconds for the first pass alone.
+    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--after", "0.2",
+                       "--max-bandwidth", "4M", "--downtime-limit", "20"} + common + busy);
+    source.wait_for("pass");
+    destination.send(SIGKILL);
+    source.wait_for("failed");
+    source.wait_for("running");
+    const auto serial = [&] { return text_of(directory / "before"); };
+    wait_for_ticks(serial, count_ticks(serial()), 20);
+    source.send(SIGTERM);
+    CHECK(source.wait() == 1);
+    CHECK(source.count("migrated") == 0);
+    CHECK(text_of(directory / "after").empty());
+}
+
+TEST_CASE("the guest ticks on where it is when the destination refuses it") {
+    const temporary_directory directory;
+    const std::string uri = "unix:" + (directory / "socket").string();
+    process destination({"incoming", uri, "--json", "--memory", "8M", "--serial", (directory / "after").string()});
+    destination.wait_for("waiting");
+    process source(arguments{"run", "--json", "--memory", "16M", "--serial", (directory / "before").string(),
+                       "--migrate-to", uri, "--after", "0.1"} + busy);
+    const boost::json::object refused = destination.wait_for("failed");
+    CHECK_THAT(std::string(refused.at("error").as_string()), contains("ram"));
+    CHECK(destination.wait() == 1);
+    source.wait_for("failed");
+    source.wait_for("running");
+    const auto serial = [&] { return text_of(directory / "before"); };
+    wait_for_ticks(serial, count_ticks(serial()), 10);
+    source.send(SIGTERM);
+    CHECK(source.wait() == 1);
+}
+
+TEST_CASE("the guest finds a page that isn't what it was") {
+    const temporary_directory directory;
+    const std::string uri = "file:" + (directory / "stream").string();
+    const arguments common{"--json", "--memory", "4M"};
+    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--after", "0.3"} +
+                   common + busy);
+    CHECK(source.wait() == 0);
+
+    // The last page's first word, as guest.S makes it.
+    std::string stream = text_of(directory / "stream");
+    const std::uint32_t address = 0x80000000u + (4u << 20) - 4096;
+    const std::uint32_t word = address * 0x9e3779b1u;
+    std::string bytes;
+    for (unsigned i = 0; i != 4; ++i) bytes += static_cast<char>(word >> 8 * i & 0xff);
+    const std::size_t at = stream.find(bytes);
+    REQUIRE(at != std::string::npos);
+    stream[at] = static_cast<char>(stream[at] ^ 1);
+    std::ofstream(directory / "stream", std::ios::binary) << stream;
+
+    process destination(arguments{"incoming", uri, "--serial", (directory / "after").string()} + common);
+    destination.wait_for("arrived");
+    destination.wait_for("halted");
+    CHECK(destination.wait() == 1);
+    CHECK_THAT(text_of(directory / "after"), contains("BAD page 803ff000 "));
+}
+
+#endif
