@@ -60,7 +60,7 @@ public:
     /// Begins to migrate to a URI (`tcp:`, `unix:`, `exec:`, `fd:`, `file:`) in a thread of its own. Fails at once only
     /// where a migration is running already, or the machine can't be migrated.
     result<void> start(std::string_view uri) {
-        return start_thread([this, where = std::string(uri)]() -> result<std::unique_ptr<output_channel>> {
+        return start_thread([where = std::string(uri)]() -> result<std::unique_ptr<output_channel>> {
             return open_output(where);
         });
     }
@@ -215,6 +215,8 @@ private:
             result<std::unique_ptr<duplex_channel>> back = channel.get_return_path();
             if (back) {
                 way_back_ = std::move(*back);
+                // While memory goes over, the destination has nothing to say for as long as it takes.
+                way_back_->set_timeout(std::chrono::milliseconds(0));
                 saver.put_command(command::open_return_path);
                 return_path_thread_ = std::thread([this, &channel] { read_return_path(channel); });
                 ping(saver, 1);
