@@ -122,13 +122,14 @@ private:
         std::optional<events::clock::time_point> deadline;
         if (time) deadline = events::clock::now() + *time;
         for (;;) {
-            const events::what happened = events_.wait(deadline);
-            if (happened == events::what::time) return true;
-            if (happened == events::what::interrupted) return !time;
+            // Asked first: the news of it may have come while a migration was waited for.
             if (const std::string why = vm_.why_halted(); !why.empty()) {
                 report_.halted(why);
                 return false;
             }
+            const events::what happened = events_.wait(deadline);
+            if (happened == events::what::time) return true;
+            if (happened == events::what::interrupted) return !time;
         }
     }
 
