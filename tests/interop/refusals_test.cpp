@@ -25,7 +25,7 @@ std::string message_of(const vmstate::result<T>& outcome) {
 /// What a pc is, after reset; recorded once.
 const recorded_stream& original() {
     static const recorded_stream recorded = [] {
-        qemu source({.machine = "pc", .stopped = true});
+        qemu source({.machine = "pc-i440fx-7.2", .stopped = true});
         return record(source);
     }();
     return recorded;
@@ -35,7 +35,7 @@ const recorded_stream& original() {
 std::string qemu_refusal(std::span<const std::byte> stream) {
     temporary_directory directory;
     write_file(directory / "vm.state", stream);
-    qemu destination({.machine = "pc", .incoming_file = directory / "vm.state", .stopped = true});
+    qemu destination({.machine = "pc-i440fx-7.2", .incoming_file = directory / "vm.state", .stopped = true});
     const auto outcome = destination.wait_incoming();
     CHECK_FALSE(outcome.completed);
     CHECK(destination.wait_exit() == 1);
