@@ -144,12 +144,18 @@ public:
     bool was_in_stream(const ram_block& block) const noexcept {
         return std::find(stream_order_.begin(), stream_order_.end(), &block) != stream_order_.end();
     }
-    /// Gives the blocks the order of the stream that was loaded.
+    /// Gives the blocks the order of the stream that was loaded; those that it hadn't follow in theirs.
     void adopt_order() {
-        std::stable_sort(blocks_.begin(), blocks_.end(),
-            [this](const std::unique_ptr<ram_block>& a, const std::unique_ptr<ram_block>& b) {
-                return place_in_stream(*a) < place_in_stream(*b);
-            });
+        block_list ordered;
+        ordered.reserve(blocks_.size());
+        const auto take = [&](std::unique_ptr<ram_block>& block) {
+            if (block) ordered.push_back(std::move(block));
+        };
+        for (const ram_block* const next : stream_order_)
+            for (std::unique_ptr<ram_block>& block : blocks_)
+                if (block.get() == next) take(block);
+        for (std::unique_ptr<ram_block>& block : blocks_) take(block);
+        blocks_ = std::move(ordered);
     }
 
 private:
@@ -158,11 +164,6 @@ private:
         out.put_be64(word);
         out.put_counted_string(block.name);
         sent_block_ = &block;
-    }
-
-    std::size_t place_in_stream(const ram_block& block) const noexcept {
-        return static_cast<std::size_t>(
-            std::find(stream_order_.begin(), stream_order_.end(), &block) - stream_order_.begin());
     }
 
     result<void> load_block_list(reader& in, const ram_record& record, const load_rules& rules) {
