@@ -9,6 +9,9 @@
 #include <vmstate/migrate.hpp>
 #include <vmstate/migration/destination.hpp>
 #include <vmstate/migration/source.hpp>
+#include <vmstate/stream/connect.hpp>
+#include <vmstate/stream/listener.hpp>
+#include <vmstate/stream/tls.hpp>
 
 #include <CLI/CLI.hpp>
 
@@ -18,6 +21,7 @@
 #include <exception>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -70,6 +74,43 @@ vmstate::load_options carried_by(const schema& known) {
     return loading;
 }
 
+/// Where the certificates or keys for TLS are, in QEMU's files; no TLS without one.
+struct tls_files {
+    std::string x509;
+    std::string psk;
+    std::string hostname = "localhost";
+
+    bool wanted() const { return !x509.empty() || !psk.empty(); }
+    vmstate::result<vmstate::tls_credentials> credentials(vmstate::tls_endpoint endpoint) const {
+        return x509.empty() ? vmstate::tls_credentials::psk(psk, endpoint) : vmstate::tls_credentials::x509(x509, endpoint);
+    }
+};
+
+/// Waits for one peer; `said_where` is told the address.
+template <class Said>
+vmstate::result<std::unique_ptr<vmstate::duplex_channel>> accept_tls(const std::string& uri, const tls_files& tls, Said said_where) {
+    vmstate::result<vmstate::tls_credentials> credentials = tls.credentials(vmstate::tls_endpoint::server);
+    if (!credentials) return credentials.error();
+    vmstate::result<vmstate::socket_listener> listener = vmstate::socket_listener::listen(uri);
+    if (!listener) return listener.error();
+    said_where(listener->uri());
+    vmstate::result<std::unique_ptr<vmstate::duplex_channel>> accepted = listener->accept();
+    if (!accepted) return accepted;
+    return vmstate::tls_server(std::move(*accepted), *credentials);
+}
+vmstate::result<std::unique_ptr<vmstate::duplex_channel>> connect_tls(const std::string& uri, const tls_files& tls) {
+    vmstate::result<vmstate::tls_credentials> credentials = tls.credentials(vmstate::tls_endpoint::client);
+    if (!credentials) return credentials.error();
+    vmstate::result<std::unique_ptr<vmstate::duplex_channel>> connected = vmstate::connect(uri);
+    if (!connected) return connected;
+    return vmstate::tls_client(std::move(*connected), *credentials, tls.hostname);
+}
+
+void say_where(const std::string& uri) {
+    std::printf("waiting at %s\n", uri.c_str());
+    std::fflush(stdout);
+}
+
 int complain(const std::string& what, const vmstate::error& failure) {
     std::fprintf(stderr, "vmstate-park: %s: %s\n", what.c_str(), failure.message().c_str());
     return exit_failed;
@@ -82,7 +123,7 @@ void say_what_came(const vmstate::machine& machine, const vmstate::migration::st
         static_cast<unsigned long long>(last.ram.transferred), sections, static_cast<long long>(last.total_time.count()));
 }
 
-int receive(const std::string& uri, const std::string& file, const std::string& schema_file) {
+int receive(const std::string& uri, const std::string& file, const std::string& schema_file, const tls_files& tls) {
     const vmstate::result<schema> known = read_schema(schema_file);
     if (!known) return complain(schema_file, known.error());
 
@@ -91,12 +132,15 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
     vmstate::migration::guest nobody;
     vmstate::migration::destination destination(machine, nobody, {.peer_timeout = {}}, carried_by(*known));
     destination.observe([&](const vmstate::migration::status& at) {
-        if (at.state == vmstate::migration::state::setup && !destination.uri().empty()) {
-            std::printf("waiting at %s\n", destination.uri().c_str());
-            std::fflush(stdout);
-        }
+        if (at.state == vmstate::migration::state::setup && !destination.uri().empty()) say_where(destination.uri());
     });
-    if (const vmstate::result<void> arrived = destination.run(uri); !arrived) return complain(uri, arrived.error());
+    const vmstate::result<void> arrived = [&]() -> vmstate::result<void> {
+        if (!tls.wanted()) return destination.run(uri);
+        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> channel = accept_tls(uri, tls, say_where);
+        if (!channel) return channel.error();
+        return destination.run(std::unique_ptr<vmstate::input_channel>(std::move(*channel)));
+    }();
+    if (!arrived) return complain(uri, arrived.error());
     say_what_came(machine, destination.status());
     if (const vmstate::result<void> kept = vmstate::save(machine, vmstate::open_output("file:" + file)); !kept)
         return complain(file, kept.error());
@@ -104,7 +148,7 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
     return EXIT_SUCCESS;
 }
 
-int send(const std::string& file, const std::string& uri, const vmstate::migration::parameters& parameters) {
+int send(const std::string& file, const std::string& uri, const vmstate::migration::parameters& parameters, const tls_files& tls) {
     const vmstate::result<schema> known = read_schema(file);
     if (!known) return complain(file, known.error());
 
@@ -113,7 +157,13 @@ int send(const std::string& file, const std::string& uri, const vmstate::migrati
         return complain(file, loaded.error());
     vmstate::migration::guest nobody;
     vmstate::migration::source source(machine, nobody, parameters);
-    if (const vmstate::result<void> started = source.start(uri); !started) return complain(uri, started.error());
+    const vmstate::result<void> started = [&]() -> vmstate::result<void> {
+        if (!tls.wanted()) return source.start(uri);
+        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> channel = connect_tls(uri, tls);
+        if (!channel) return channel.error();
+        return source.start(std::unique_ptr<vmstate::output_channel>(std::move(*channel)));
+    }();
+    if (!started) return complain(uri, started.error());
     if (const vmstate::result<void> sent = source.wait(); !sent) return complain(uri, sent.error());
     say_what_came(machine, source.status());
     return EXIT_SUCCESS;
@@ -142,6 +192,13 @@ int main(int argc, char** argv) {
     sending->add_option("URI", uri, "Where that QEMU waits: unix:PATH, tcp:HOST:PORT")->required();
     sending->add_flag("!--no-return-path", parameters.return_path, "Don't ask it whether all was loaded");
     sending->add_option("--max-bandwidth", parameters.max_bandwidth, "Bytes per second, 0 for no limit");
+    tls_files tls;
+    for (CLI::App* const either : {receiving, sending}) {
+        CLI::Option* const x509 = either->add_option("--tls-x509", tls.x509,
+            "TLS with the certificates in this directory, under QEMU's names: ca-cert.pem, server-cert.pem, ...");
+        either->add_option("--tls-psk", tls.psk, "TLS with the pre-shared key in this directory's keys.psk")->excludes(x509);
+    }
+    sending->add_option("--tls-hostname", tls.hostname, "Whom the server's certificate has to name");
     app.footer("Exit status: 0 when all went over; 1 when not, with the reason; 2 for a wrong command line.\n"
                "\n"
                "Example:  vmstate-park receive unix:/tmp/park.sock vm.parked --schema vm.state &\n"
@@ -153,7 +210,7 @@ int main(int argc, char** argv) {
         return app.exit(failure) == 0 ? EXIT_SUCCESS : exit_usage;
     }
     try {
-        return receiving->parsed() ? receive(uri, file, schema_file) : send(file, uri, parameters);
+        return receiving->parsed() ? receive(uri, file, schema_file, tls) : send(file, uri, parameters, tls);
     } catch (const std::exception& failure) { // out of memory: a stream says how large the machine is
         std::fprintf(stderr, "vmstate-park: %s\n", failure.what());
         return exit_failed;

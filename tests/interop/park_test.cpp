@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 // vmstate-park between two real QEMUs: a guest that runs is taken over live, kept in a file, and goes on in another QEMU.
 #include "support/catch.hpp"
+#include "support/certificates.hpp"
 #include "support/counter.hpp"
 #include "support/qemu.hpp"
 
@@ -55,11 +56,30 @@ private:
 TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     VMSTATE_REQUIRE_QEMU();
     const bool return_path = GENERATE(true, false);
-    CAPTURE(return_path);
+    const bool tls = GENERATE(false, true);
+    CAPTURE(return_path, tls);
     const temporary_directory directory;
     const auto path = [&](const char* name) { return (directory / name).string(); };
-    const qemu_options options{.machine = "pc", .rom = guest_rom("counter")};
-    qemu first(options);
+    qemu_options options{.machine = "pc", .rom = guest_rom("counter")};
+    std::string tls_option;
+    if (tls) {
+        certificate_authority authority;
+        authority.write(directory.path());
+        authority.issue({}).write(directory.path(), "server");
+        authority.issue({.name = "source", .alternative_names = {}, .purpose = "clientAuth"}).write(directory.path(), "client");
+        tls_option = " --tls-x509 " + directory.path().string();
+    }
+    const auto with_credentials = [&](const char* endpoint) {
+        qemu_options more = options;
+        if (tls)
+            more.arguments = {"-object", "tls-creds-x509,id=tls0,verify-peer=on,dir=" + directory.path().string() +
+                                             ",endpoint=" + endpoint};
+        return more;
+    };
+    const auto use_credentials = [&](qemu& machine) {
+        if (tls) machine.execute("migrate-set-parameters", {{"tls-creds", "tls0"}, {"tls-hostname", "localhost"}});
+    };
+    qemu first(with_credentials("client"));
     first.wait_serial(lines(3), "3 lines");
     REQUIRE(first.migrate_to_file(directory / "schema").completed);
     first.cont();
@@ -67,9 +87,10 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     first.execute("migrate-set-capabilities",
         {{"capabilities", boost::json::array{boost::json::object{{"capability", "return-path"}, {"state", return_path}}}}});
 
+    use_credentials(first);
     int status = -1;
     {
-        park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema"));
+        park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema") + tls_option);
         REQUIRE(receiving.line() == "waiting at unix:" + path("in") + "\n");
         const migration_outcome left = first.migrate("unix:" + path("in"));
         const std::string said = receiving.rest(status);
@@ -80,10 +101,13 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     }
     const std::string before = first.serial();
 
-    qemu_options more = options;
-    more.incoming = "unix:" + path("out");
+    qemu_options more = with_credentials("server");
+    if (tls) more.arguments.insert(more.arguments.end(), {"-incoming", "defer"}); // its credentials have to be told first
+    else more.incoming = "unix:" + path("out");
     qemu second(more);
-    const std::string said = park("send " + path("parked") + " unix:" + path("out")).rest(status);
+    use_credentials(second);
+    if (tls) second.execute("migrate-incoming", {{"uri", "unix:" + path("out")}});
+    const std::string said = park("send " + path("parked") + " unix:" + path("out") + tls_option).rest(status);
     CAPTURE(said);
     REQUIRE(status == 0);
     const auto incoming = second.wait_incoming();
