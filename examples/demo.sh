@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSL-1.0
 # Sets a Debian 12 or 13 machine up, builds the examples, and shows the main job: a real QEMU is saved to a file while
-# it runs, the file is loaded into a vmstate::machine and saved again, and a second QEMU goes on with what we wrote.
+# it runs, the file is loaded into a vmstate::machine and saved again, and a second QEMU goes on with what we wrote. Then
+# a machine of our own migrates live from one process to another.
 # The first time most of it is waiting for the compiler.
 #
 #   --no-install     take the machine as it is
@@ -153,3 +154,29 @@ head -n "$(lines_in "$work/both.serial")" "$work/both.serial" | awk '
 
 echo
 echo "The counter went on. Processor, memory, timer, interrupt controller and serial port are what they were."
+
+# ---- live -------------------------------------------------------------------------------------------------------
+
+step "8. live_machine: a small machine of our own goes to another process while it runs"
+live=$build/examples/live_machine/live_machine
+if ! cmake --build "$build" -j "$jobs" --target live_machine >"$work/live.log" 2>&1; then
+    echo "SKIPPED: it does not build here; its guest takes clang and objcopy: $(tail -n 1 "$work/live.log")"
+    exit 0
+fi
+"$live" incoming "unix:$work/live.sock" --serial "$work/there" --for 2 2>"$work/there.log" &
+pids+=($!)
+wait_for "the destination to listen" test -S "$work/live.sock"
+timeout "$patience" "$live" run --migrate-to "unix:$work/live.sock" --after 2 --max-bandwidth 40M --serial "$work/here" ||
+    die "it could not migrate"
+wait "${pids[-1]}" || die "the guest did not end well: $(tail -n 3 "$work/there.log")"
+here=$(lines_in "$work/here")
+echo "the last that its guest said here, and the first that it says there:"
+tail -n 2 "$work/here" | sed 's/^/    here   /'
+head -n 3 "$work/there" | sed 's/^/    there  /'
+# Each line is "tick N"; the last one may be cut, where the program ended.
+cat "$work/here" "$work/there" >"$work/ticks"
+head -n "$(lines_in "$work/ticks")" "$work/ticks" | awk '$0 != "tick " NR { print "line " NR ": " $0; exit 1 }' ||
+    die "a tick was lost"
+[ "$(lines_in "$work/ticks")" -gt "$here" ] || die "the guest did not go on"
+echo
+echo "No tick was lost; the guest checks all of its memory and found nothing amiss."
