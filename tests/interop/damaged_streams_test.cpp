@@ -18,6 +18,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 // ---- memory that is asked for ---------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ const std::vector<specimen>& specimens() {
     return all;
 }
 
-const recorded_stream& of_machine(const std::string& name) {
+const recorded_stream& of_machine(std::string_view name) {
     return std::find_if(specimens().begin(), specimens().end(), [&](const specimen& one) {
         return one.name == name;
     })->stream;

@@ -15,6 +15,8 @@
 
 using namespace vmstate::tests;
 
+#ifdef VMSTATE_PARK
+
 namespace {
 
 auto lines(std::ptrdiff_t count) {
@@ -141,3 +143,11 @@ TEST_CASE("a machine that isn't the schema's is refused by name, and its guest r
     CHECK(first.status() == "running");
     CHECK_FALSE(std::filesystem::exists(directory / "parked"));
 }
+
+#else
+
+TEST_CASE("vmstate-park parks a guest") {
+    skip("vmstate-park is not built (VMSTATE_BUILD_EXAMPLES is off)");
+}
+
+#endif

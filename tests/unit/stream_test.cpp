@@ -392,7 +392,7 @@ TEST_CASE("what the system says when a descriptor is closed is an error of close
     const result<void> closed = output.close();
     REQUIRE_FALSE(closed);
     CHECK(closed.error() == errc::io);
-    CHECK_THAT(closed.error().message(), Catch::Matchers::Contains("close: Bad file descriptor"));
+    CHECK_THAT(closed.error().message(), contains("close: Bad file descriptor"));
     CHECK(output.close());
     ::close(ends[0]);
 }

@@ -176,7 +176,8 @@ public:
     explicit vector_writer(std::size_t capacity = 0) : bytes_(capacity) { reset_window(0); }
     /// What was written; the writer is empty afterwards.
     std::vector<std::byte> take() {
-        bytes_.resize(static_cast<std::size_t>(offset()));
+        // Not resize(): g++ 14 warns of what that would do where it made the vector larger.
+        bytes_.erase(bytes_.begin() + static_cast<std::ptrdiff_t>(offset()), bytes_.end());
         std::vector<std::byte> taken = std::move(bytes_);
         bytes_.clear();
         reset_window(0);
