@@ -171,7 +171,8 @@ TEST_CASE("a running guest arrives as it was when it stopped") {
     CHECK(last.ram.remaining == 0);
     CHECK(last.ram.dirty_sync_count >= 2);
     CHECK(last.ram.duplicate > 0);
-    CHECK((last.xbzrle_cache.pages > 0) == xbzrle);
+    // Pages that went a second time are new to the cache; those of a third pass, if there was one, are in it.
+    CHECK((last.xbzrle_cache.cache_miss + last.xbzrle_cache.pages > 0) == xbzrle);
     CHECK(last.ram.normal * page == last.ram.normal_bytes);
     CHECK(last.ram.transferred == last.ram.precopy_bytes + last.ram.downtime_bytes);
     CHECK(last.ram.transferred == destination.status().ram.transferred);
