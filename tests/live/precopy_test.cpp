@@ -297,3 +297,27 @@ TEST_CASE("the source waits before the switchover until it is told") {
     receiving.join();
     CHECK(arrived.has_value());
 }
+
+TEST_CASE("a cancellation that comes after the destination's last word changes nothing") {
+    small_machine from(64);
+    small_machine to(64);
+    from.start();
+    channel_pair channels = make_pair();
+    migration::destination destination(to.state, to.control);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(std::unique_ptr<input_channel>(std::move(channels.other))); });
+    migration::source source(from.state, from.control);
+    // The first that is told with bytes sent in the downtime is that all was sent; the second, that it was loaded.
+    int told = 0;
+    source.observe([&](const migration::status& at) {
+        if (at.state == migration::state::device && at.ram.downtime_bytes != 0 && ++told == 2) source.cancel();
+    });
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CHECK(told == 2);
+    CHECK(source.status().state == migration::state::completed);
+    CHECK(arrived.has_value());
+    CHECK_FALSE(from.runs());
+    CHECK(to.starts == 1);
+}

@@ -50,7 +50,8 @@ constexpr bool may_follow(state from, state to) noexcept {
     case state::active: return from == state::setup;
     case state::pre_switchover: return from == state::active;
     case state::device: return from == state::active || from == state::pre_switchover;
-    case state::completed: return from == state::active || from == state::device;
+    // From cancelling where the destination had loaded everything before it could be told.
+    case state::completed: return from == state::active || from == state::device || from == state::cancelling;
     case state::cancelling: return !is_final(from) && from != state::none && from != state::cancelling;
     case state::cancelled: return from == state::cancelling;
     case state::failed: return !is_final(from) && from != state::none;
