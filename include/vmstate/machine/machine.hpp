@@ -131,6 +131,13 @@ public:
     registration add_ram(std::string_view name, std::span<std::uint8_t> memory, ram_options ram = {}) {
         return add_ram(name, std::as_writable_bytes(memory), std::move(ram));
     }
+    /// The same for memory that was mapped by `ram_memory`, which has to outlive the machine; what it knows of its pages
+    /// and its file goes before `ram`.
+    registration add_ram(std::string_view name, const ram_memory& memory, ram_options ram = {}) {
+        ram.host_page_size = memory.page_size();
+        ram.file = memory.file();
+        return add_ram(name, memory.span(), std::move(ram));
+    }
     /// Takes the block out, and back what failed for one of this name.
     void remove_ram(std::string_view name) {
         forget_failures({add_ram_call, nullptr, nullptr, std::string(name)});
@@ -141,6 +148,7 @@ public:
         section* entry = ram_entry();
         return entry != nullptr ? entry->ram() : nullptr;
     }
+    const ram_section* ram() const noexcept { return const_cast<machine*>(this)->ram(); }
 
     /// Whether the machine can be saved and loaded at all: the first registration that failed and was not taken back,
     /// or a device that forbids migration.

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// A named piece of guest memory. Depends on support/ and Linux (mmap).
+// A named piece of guest memory. Depends on ram_memory.hpp and support/.
 #pragma once
-
-#include <sys/mman.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -11,9 +9,8 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <utility>
 
-#include <vmstate/support/result.hpp>
+#include <vmstate/machine/ram_memory.hpp>
 #include <vmstate/support/zero_bytes.hpp>
 
 namespace vmstate {
@@ -30,38 +27,11 @@ struct ram_options {
     std::uint64_t host_page_size = 4096;
     /// Where the guest sees the block; in the stream with the capability x-ignore-shared alone.
     std::uint64_t guest_address = 0;
+    /// Where the memory comes from, if it is a shared mapping: by that it is known which of its pages are there at all.
+    ram_file file = {};
     /// Both sides see the same memory: with x-ignore-shared its pages stay out of the stream.
     bool shared = false;
 };
-
-namespace detail {
-
-/// Memory from the system, zero and not there until it is touched.
-class anonymous_memory {
-public:
-    static result<anonymous_memory> map(std::uint64_t size) {
-        void* const address = ::mmap(nullptr, static_cast<std::size_t>(size), PROT_READ | PROT_WRITE,
-            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (address == MAP_FAILED)
-            return error(errc::bad_ram, "a block that there is memory for", std::to_string(size) + " bytes");
-        return anonymous_memory(static_cast<std::byte*>(address), static_cast<std::size_t>(size));
-    }
-    anonymous_memory(anonymous_memory&& other) noexcept
-        : address_(std::exchange(other.address_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-    anonymous_memory& operator=(anonymous_memory&&) = delete;
-    ~anonymous_memory() {
-        if (address_ != nullptr) ::munmap(address_, size_);
-    }
-    std::span<std::byte> span() const noexcept { return {address_, size_}; }
-
-private:
-    anonymous_memory(std::byte* address, std::size_t size) noexcept : address_(address), size_(size) {}
-
-    std::byte* address_;
-    std::size_t size_;
-};
-
-} // namespace detail
 
 /// A registered block.
 struct ram_block {
@@ -69,8 +39,7 @@ struct ram_block {
     std::span<std::byte> memory;
     std::uint64_t used_length;
     ram_options options;
-    std::optional<detail::anonymous_memory> owned =
-        {}; ///< of a block that came with a stream and that nobody registered
+    std::optional<ram_memory> owned = {}; ///< of a block that came with a stream and that nobody registered
 
     std::span<std::byte> used() const noexcept { return memory.first(static_cast<std::size_t>(used_length)); }
     std::span<std::byte> page(std::uint64_t offset, std::size_t page_size) const noexcept {

@@ -140,6 +140,8 @@ public:
     /// Whether the block's pages stay out of the stream: both sides see the same memory.
     bool is_ignored(const ram_block& block) const noexcept { return ignore_shared_ && block.options.shared; }
 
+    /// The blocks of the stream's list, in its order.
+    const std::vector<ram_block*>& stream_order() const noexcept { return stream_order_; }
     /// Whether the stream's list of blocks had this one.
     bool was_in_stream(const ram_block& block) const noexcept {
         return std::find(stream_order_.begin(), stream_order_.end(), &block) != stream_order_.end();
@@ -219,7 +221,7 @@ private:
                 "at most " + std::to_string(max_adopted_blocks) + " unregistered blocks", "more");
         if (entry.used_length % records_.page_size() != 0)
             return error(errc::bad_ram, "whole pages", length_text(entry.used_length));
-        result<detail::anonymous_memory> memory = detail::anonymous_memory::map(entry.used_length);
+        result<ram_memory> memory = ram_memory::anonymous(entry.used_length);
         if (!memory) return memory.error();
         adopted_ += entry.used_length;
         ++adopted_blocks_;

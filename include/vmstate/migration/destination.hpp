@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // The destination of a live migration: reads the stream into a machine, answers the source, and starts the guest after
-// a complete and valid load. Depends on the other headers of migration/, machine/ and stream/.
+// a complete and valid load. Depends on the other headers of migration/, ram/, machine/ and stream/.
 //
 //     setup -> active -> device (everything is loaded) -> completed
 //       any of them -> failed; setup and active -> cancelling -> cancelled
@@ -22,6 +22,7 @@
 #include <vmstate/migration/monitor.hpp>
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/return_path.hpp>
+#include <vmstate/ram/present_pages.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/listener.hpp>
 #include <vmstate/stream/open.hpp>
@@ -89,17 +90,22 @@ private:
     /// Answers the source's commands.
     class answers final : public command_listener {
     public:
-        explicit answers(input_channel& channel) : channel_(channel) {}
+        answers(const machine& into, input_channel& channel, bool acks_switchover)
+            : machine_(into), channel_(channel), acks_switchover_(acks_switchover) {}
 
         result<void> open_return_path() override {
             result<std::unique_ptr<duplex_channel>> back = channel_.get_return_path();
             if (!back) return back.error();
             way_back_ = std::move(*back);
             sender_ = std::make_unique<return_path_sender>(*way_back_);
-            return {};
+            // Nothing here needs to see a part of the memory before the source stops.
+            return acks_switchover_ ? sender_->send(return_message::switchover_ack, {}) : result<void>();
         }
         result<void> ping(std::uint32_t value) override {
-            return sender_ != nullptr ? sender_->send(return_message::pong, value) : result<void>();
+            if (sender_ == nullptr) return {};
+            if (value == ping_which_blocks_are_zero)
+                if (result<void> told = tell_zero_blocks(); !told) return told;
+            return sender_->send(return_message::pong, value);
         }
         /// The last message.
         result<void> shut(bool loaded) {
@@ -107,7 +113,20 @@ private:
         }
 
     private:
+        result<void> tell_zero_blocks() {
+            const ram_section* const ram = machine_.ram();
+            if (ram == nullptr) return {};
+            for (std::uint32_t number = 0; number < ram->stream_order().size() && number <= pong_block_number; ++number) {
+                const ram_block& block = *ram->stream_order()[number];
+                if (!is_known_to_be_zero(block.used(), machine_.options().guest_page_size(), block.options.file)) continue;
+                if (result<void> told = sender_->send(return_message::pong, pong_block_is_zero | number); !told) return told;
+            }
+            return {};
+        }
+
+        const machine& machine_;
         input_channel& channel_;
+        bool acks_switchover_;
         std::unique_ptr<duplex_channel> way_back_;
         std::unique_ptr<return_path_sender> sender_;
     };
@@ -154,7 +173,7 @@ private:
     result<void> receive(input_channel& channel) {
         if (settings_.peer_timeout.count() != 0) channel.set_timeout(settings_.peer_timeout);
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
-        answers back(channel);
+        answers back(machine_, channel, settings_.switchover_ack);
         load_options loading = loading_;
         loading.commands = &back;
         buffered_reader in(channel);

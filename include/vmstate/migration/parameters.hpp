@@ -23,6 +23,9 @@ struct parameters {
     /// The destination's answers come back over the same channel (`return-path`): then the source knows, rather than
     /// hopes, that all was loaded. A channel without a way back is migrated over without it.
     bool return_path = true;
+    /// The guest isn't stopped before the destination has said that it is ready (`switchover-ack`, QEMU 8.1), on both
+    /// sides; needs the return path.
+    bool switchover_ack = false;
     /// The source stops in `pre-switchover` until `source::resume()` (`pause-before-switchover`).
     bool pause_before_switchover = false;
     /// Slows the guest down where its writes outrun the channel (`auto-converge`): see `guest::throttle`.

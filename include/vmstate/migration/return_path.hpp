@@ -28,6 +28,13 @@ enum class return_message : std::uint16_t {
     switchover_ack = 7, ///< empty
 };
 
+/// The value of a PING by which a source of ours asks which RAM blocks are zero at the destination: pages that are zero
+/// in both need not be sent. Any destination gives it back in a PONG, and that is all a QEMU does. One of ours sends
+/// before that a PONG of its own for each such block: `pong_block_is_zero` with the block's number in the stream's list.
+inline constexpr std::uint32_t ping_which_blocks_are_zero = 0x766d7a3f; // "vmz?"
+inline constexpr std::uint32_t pong_block_is_zero = 0x76300000;         // "v0"
+inline constexpr std::uint32_t pong_block_number = 0xffff;
+
 /// What QEMU accepts as the longest payload.
 inline constexpr std::size_t max_return_payload = 512;
 

@@ -32,10 +32,8 @@
 #include <vmstate/migration/guest.hpp>
 #include <vmstate/migration/monitor.hpp>
 #include <vmstate/migration/parameters.hpp>
+#include <vmstate/migration/ram_sender.hpp>
 #include <vmstate/migration/return_path.hpp>
-#include <vmstate/ram/page_bitmap.hpp>
-#include <vmstate/ram/page_writer.hpp>
-#include <vmstate/ram/xbzrle.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/buffered_writer.hpp>
 #include <vmstate/stream/open.hpp>
@@ -113,12 +111,14 @@ public:
     void observe(observer who) { monitor_.observe(std::move(who)); }
 
 private:
-    /// A RAM block on its way.
-    struct sent_block {
-        ram_block* block;
-        any_dirty_log* log; // null without one
-        page_bitmap dirty;
-        std::uint64_t address; // of its first page among all blocks, for the XBZRLE cache
+    /// The stream on its way out.
+    struct outgoing {
+        outgoing(machine& what, guest& of, output_channel& channel)
+            : out(channel), saver(what, out), ram(what, of, out, saver) {}
+
+        buffered_writer out;
+        stream_saver saver;
+        ram_sender ram;
     };
 
     bool is_running() const {
@@ -133,11 +133,9 @@ private:
         may_switch_.store(false);
         peer_has_spoken_.store(false);
         answer_ = {};
-        blocks_.clear();
-        at_block_ = at_page_ = 0;
+        zero_blocks_.clear();
+        zero_blocks_told_ = switchover_acked_ = false;
         pages_before_window_ = sent_before_sync_ = 0;
-        pass_ = 1;
-        xbzrle_.reset();
         outrun_ = throttled_ = 0;
         stopped_at_.reset();
         monitor_.enter(state::setup);
@@ -148,7 +146,7 @@ private:
         if (migration_thread_.joinable()) migration_thread_.join();
     }
 
-    // ---- the migration thread: owns blocks_, out_, saver_, meter_
+    // ---- the migration thread: owns the stream, meter_, and what counts passes and slows the guest down
 
     template <class Open>
     void run(const Open& open) {
@@ -164,7 +162,6 @@ private:
             if (monitor_.now() == state::cancelling) return error(errc::io, {}, "cancelled");
             return migrate(*channel);
         }();
-        stop_logs();
         if (throttled_ != 0) set_throttle(0);
         if (!done && channel) channel->shutdown();
         if (return_path_thread_.joinable()) return_path_thread_.join();
@@ -197,76 +194,48 @@ private:
     result<void> migrate(output_channel& channel) {
         const migration::parameters settings = parameters();
         if (settings.peer_timeout.count() != 0) channel.set_timeout(settings.peer_timeout);
-        buffered_writer out(channel);
-        stream_saver saver(machine_, out);
-        if (result<void> done = setup(channel, out, saver, settings); !done) return std::move(done.error()).within("setup");
+        outgoing stream(machine_, guest_, channel);
+        if (result<void> done = setup(channel, stream, settings); !done) return std::move(done.error()).within("setup");
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
-        page_writer pages(out, page_size());
-        if (result<void> done = precopy(out, saver, pages); !done) return std::move(done.error()).within("active");
-        if (result<void> done = switch_over(out, saver, pages); !done) return std::move(done.error()).within("device");
+        if (result<void> done = precopy(stream); !done) return std::move(done.error()).within("active");
+        if (result<void> done = switch_over(stream); !done) return std::move(done.error()).within("device");
         return await_return_path(settings);
     }
 
     // ---- setup
 
-    result<void> setup(output_channel& channel, buffered_writer& out, stream_saver& saver, const migration::parameters& settings) {
-        if (result<void> done = saver.save_header(); !done) return done;
+    result<void> setup(output_channel& channel, outgoing& stream, const migration::parameters& settings) {
+        if (result<void> done = stream.saver.save_header(); !done) return done;
         if (settings.return_path) {
             result<std::unique_ptr<duplex_channel>> back = channel.get_return_path();
             if (back) {
                 way_back_ = std::move(*back);
                 // While memory goes over, the destination has nothing to say for as long as it takes.
                 way_back_->set_timeout(std::chrono::milliseconds(0));
-                saver.put_command(command::open_return_path);
+                stream.saver.put_command(command::open_return_path);
                 return_path_thread_ = std::thread([this, &channel] { read_return_path(channel); });
-                ping(saver, 1);
+                ping(stream.saver, 1);
             } else if (!(back.error() == errc::unsupported)) {
                 return back.error();
             }
         }
-        collect_blocks();
-        if (settings.xbzrle) {
-            result<xbzrle_encoder> made = xbzrle_encoder::make(settings.xbzrle_cache_size, page_size());
-            if (!made) return made.error();
-            xbzrle_.emplace(std::move(*made));
-        }
-        for (sent_block& one : blocks_) {
-            one.dirty.set_range(0, one.dirty.size());
-            if (one.log == nullptr) continue;
-            if (result<void> started = one.log->start(); !started) return started.error().within(one.block->name);
-        }
-        if (ram_section* ram = machine_.ram()) {
-            const section& entry = ram_entry();
-            saver.begin_section(section_type::start, entry);
-            ram->save_setup(out, machine_.options());
-            saver.end_section(entry);
-        }
-        if (result<void> sent = out.flush(); !sent) return sent;
+        if (settings.switchover_ack && !has_return_path())
+            return error(errc::invalid_argument, "a return path for switchover-ack", "none");
+        if (result<void> started = stream.ram.start(settings); !started) return started;
+        stream.ram.put_setup();
+        // Behind the list of blocks: the answers are by their number in it.
+        if (has_return_path()) ping(stream.saver, ping_which_blocks_are_zero);
+        if (result<void> sent = stream.out.flush(); !sent) return sent;
         monitor_.update([&](migration::status& at) {
-            at.ram.page_size = page_size();
-            at.ram.total = at.ram.remaining = pending_bytes();
+            at.ram.page_size = stream.ram.page_size();
+            at.ram.total = at.ram.remaining = stream.ram.remaining();
             at.ram.dirty_sync_count = 1;
         });
         last_sync_ = clock::now();
         return {};
     }
-    void collect_blocks() {
-        ram_section* const ram = machine_.ram();
-        if (ram == nullptr) return;
-        std::uint64_t address = 0;
-        for (const std::unique_ptr<ram_block>& block : ram->blocks()) {
-            if (ram->is_ignored(*block)) continue;
-            const auto log = guest_.dirty_logs.find(block->name);
-            blocks_.push_back({block.get(), log == guest_.dirty_logs.end() ? nullptr : &log->second,
-                               page_bitmap(static_cast<std::size_t>(block->used_length / page_size())), address});
-            address += block->used_length;
-        }
-    }
-    void stop_logs() {
-        for (sent_block& one : blocks_)
-            if (one.log != nullptr) static_cast<void>(one.log->stop());
-    }
-    void ping(stream_saver& saver, std::uint32_t value) {
+    bool has_return_path() const { return way_back_ != nullptr; }
+    static void ping(stream_saver& saver, std::uint32_t value) {
         std::array<std::byte, 4> payload;
         vmstate::detail::store_big(payload.data(), value);
         saver.put_command(command::ping, payload);
@@ -274,19 +243,25 @@ private:
 
     // ---- the guest runs
 
-    result<void> precopy(buffered_writer& out, stream_saver& saver, page_writer& pages) {
-        meter_.start(out.offset());
+    result<void> precopy(outgoing& stream) {
+        meter_.start(stream.out.offset());
         for (;;) {
             if (result<void> fine = check_peer(); !fine) return fine;
             const migration::parameters settings = parameters();
-            const std::uint64_t left = pending_bytes();
-            if (left == 0 || left <= affordable(out, settings)) {
+            const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
+            if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream.out, settings)) {
                 // Only now ask the logs: each time costs the guest.
-                if (result<void> read = read_logs(false, pages.counts(), settings); !read) return read;
-                if (pending_bytes() <= affordable(out, settings)) return {};
+                if (result<void> read = read_logs(stream, false, settings); !read) return read;
+                if (stream.ram.remaining_on_wire() <= affordable(stream.out, settings)) return {};
             }
-            if (result<void> sent = send_part(out, saver, pages, settings); !sent) return sent;
-            account(out, pages.counts());
+            if (stream.ram.remaining() != 0) {
+                if (result<void> sent = send_part(stream, settings); !sent) return sent;
+            } else {
+                // The destination isn't ready. What the guest writes meanwhile need not wait for it.
+                sleep_until_window_ends(settings.switchover_ack);
+                if (result<void> read = read_logs(stream, false, settings); !read) return read;
+            }
+            account(stream);
         }
     }
     /// What could be sent in the time that the guest may stand still.
@@ -297,124 +272,80 @@ private:
         return static_cast<std::uint64_t>(per_second * std::chrono::duration<double>(settings.downtime_limit).count());
     }
     /// One PART: as much as goes out in 50 ms, or as the bandwidth allows in this window.
-    result<void> send_part(buffered_writer& out, stream_saver& saver, page_writer& pages, const migration::parameters& settings) {
-        if (meter_.is_spent(out.offset(), settings.max_bandwidth)) return sleep_until_window_ends();
-        const section& entry = ram_entry();
+    result<void> send_part(outgoing& stream, const migration::parameters& settings) {
+        if (meter_.is_spent(stream.out.offset(), settings.max_bandwidth)) {
+            sleep_until_window_ends(false);
+            return {};
+        }
+        leave_out_zero_blocks(stream, settings);
         const clock::time_point enough = clock::now() + std::chrono::milliseconds(50);
-        saver.begin_section(section_type::part, entry);
-        bool more = true;
-        while (more && clock::now() < enough && !meter_.is_spent(out.offset(), settings.max_bandwidth))
-            if (result<void> sent = send_some(pages, 64, more); !sent) return sent;
-        pages.put_end();
-        saver.end_section(entry);
-        return out.flush();
-    }
-    /// At most `count` dirty pages, from where the last ones were; clears `more` when none is left.
-    result<void> send_some(page_writer& pages, std::size_t count, bool& more) {
-        while (count != 0) {
-            if (at_block_ >= blocks_.size()) at_block_ = at_page_ = 0;
-            const std::size_t first_block = at_block_;
-            page_run run;
-            for (;;) {
-                run = blocks_[at_block_].dirty.find_next_run(at_page_);
-                if (run.count != 0) break;
-                at_page_ = 0;
-                at_block_ = at_block_ + 1 == blocks_.size() ? 0 : at_block_ + 1;
-                if (at_block_ == first_block) {
-                    run = blocks_[at_block_].dirty.find_next_run(0);
-                    break;
-                }
-            }
-            if (run.count == 0) {
-                more = false;
-                return {};
-            }
-            sent_block& one = blocks_[at_block_];
-            const std::size_t end = run.first + std::min(run.count, count);
-            for (std::size_t page = run.first; page != end; ++page) {
-                // Cleared before it is read: what the guest writes from here on is found by the log.
-                one.dirty.clear(page);
-                const std::uint64_t offset = static_cast<std::uint64_t>(page) * page_size();
-                const std::span<const std::byte> bytes = one.block->page(offset, page_size());
-                send_page(pages, one, offset, bytes);
-            }
-            count -= end - run.first;
-            at_page_ = end;
+        stream.ram.begin_section(section_type::part);
+        while (stream.ram.send(64) && clock::now() < enough && !meter_.is_spent(stream.out.offset(), settings.max_bandwidth)) {
         }
-        return {};
+        stream.ram.end_section();
+        return stream.out.flush();
     }
-    void send_page(page_writer& pages, const sent_block& one, std::uint64_t offset, std::span<const std::byte> bytes) {
-        const bool is_zero = is_zero_page(bytes);
-        if (is_zero) pages.put_zero(*one.block, offset);
-        // In the first pass there is nothing yet that a page could differ from.
-        if (!xbzrle_ || pass_ == 1) {
-            if (!is_zero) pages.put_page(*one.block, offset, bytes);
-            return;
-        }
-        if (is_zero) return xbzrle_->sent_zero(one.address + offset, pass_);
-        const xbzrle_page how = xbzrle_->encode(one.address + offset, bytes, pass_);
-        if (how.how == xbzrle_page::kind::encoded) pages.put_xbzrle(*one.block, offset, how.bytes);
-        else if (how.how == xbzrle_page::kind::plain) {
-            if (how.bytes.data() == bytes.data()) pages.put_page(*one.block, offset, bytes);
-            else pages.put_page_copy(*one.block, offset, how.bytes); // the cache goes on to other pages
-        }
+    /// Before pages that nobody has touched are all that is left to say: where the destination has told that a block is
+    /// zero there, they need not be said. Its answer is under way by then.
+    void leave_out_zero_blocks(outgoing& stream, const migration::parameters& settings) {
+        if (!has_return_path() || stream.ram.has_dirty() || !stream.ram.has_absent()) return;
+        const auto is_told = [&](const migration::status& at) {
+            return at.state == state::cancelling || peer_has_spoken_.load() || zero_blocks_told_.load();
+        };
+        if (settings.peer_timeout.count() == 0) monitor_.wait_until(is_told);
+        else monitor_.wait_until(clock::now() + settings.peer_timeout, is_told);
+        const std::lock_guard lock(answer_mutex_);
+        for (const std::uint32_t number : zero_blocks_) stream.ram.leave_out_absent(number);
     }
-    result<void> sleep_until_window_ends() {
+    void sleep_until_window_ends(bool or_ready) {
         monitor_.wait_until(meter_.window_end(), [&](const migration::status& at) {
-            return at.state == state::cancelling || peer_has_spoken_.load();
+            return at.state == state::cancelling || peer_has_spoken_.load() || (or_ready && switchover_acked_.load());
         });
-        return {};
     }
-    void account(const buffered_writer& out, const page_counts& counts) {
-        const std::uint64_t transferred = out.offset();
+    void account(outgoing& stream) {
+        const std::uint64_t transferred = stream.out.offset();
         const bool window_over = meter_.update(transferred);
         if (!window_over) return;
-        const std::uint64_t left = pending_bytes();
+        const page_counts& counts = stream.ram.counts();
         monitor_.update([&](migration::status& at) {
-            count_pages(at, counts, transferred, left);
+            count_pages(at, stream);
             at.ram.mbps = meter_.rate() * 8 / 1e6;
             at.ram.pages_per_second = (counts.normal + counts.duplicate - pages_before_window_) *
                                       static_cast<std::uint64_t>(std::chrono::seconds(1) / bandwidth_meter::window);
             if (meter_.rate() > 0)
                 at.expected_downtime = std::chrono::milliseconds(
-                    static_cast<std::int64_t>(1000 * static_cast<double>(left) / meter_.rate()));
+                    static_cast<std::int64_t>(1000 * static_cast<double>(stream.ram.remaining_on_wire()) / meter_.rate()));
         });
         pages_before_window_ = counts.normal + counts.duplicate;
     }
-    void count_pages(migration::status& at, const page_counts& counts, std::uint64_t transferred, std::uint64_t left) const {
-        at.ram.transferred = transferred;
-        at.ram.remaining = left;
+    void count_pages(migration::status& at, const outgoing& stream) const {
+        const page_counts& counts = stream.ram.counts();
+        at.ram.transferred = stream.out.offset();
+        at.ram.remaining = stream.ram.remaining();
         at.ram.duplicate = counts.duplicate;
+        at.ram.skipped = stream.ram.skipped();
         at.ram.normal = counts.normal;
         at.ram.normal_bytes = counts.normal_bytes;
-        if (xbzrle_) at.xbzrle_cache = xbzrle_->counts();
-        if (stopped_at_) at.ram.downtime_bytes = transferred - at.ram.precopy_bytes;
-        else at.ram.precopy_bytes = transferred;
+        at.xbzrle_cache = stream.ram.cache_counts();
+        if (stopped_at_) at.ram.downtime_bytes = at.ram.transferred - at.ram.precopy_bytes;
+        else at.ram.precopy_bytes = at.ram.transferred;
     }
     /// What was written since the last time is dirty again. With `standing_still` also what nobody logs.
-    result<void> read_logs(bool standing_still, const page_counts& counts, const migration::parameters& settings) {
-        std::uint64_t newly = 0;
-        for (sent_block& one : blocks_) {
-            if (one.log == nullptr) {
-                if (standing_still) one.dirty.set_range(0, one.dirty.size());
-                continue;
-            }
-            const result<std::uint64_t> found = one.log->collect(one.dirty);
-            if (!found) return found.error().within(one.block->name);
-            newly += *found;
-        }
-        ++pass_;
+    result<void> read_logs(outgoing& stream, bool standing_still, const migration::parameters& settings) {
+        const result<std::uint64_t> newly = stream.ram.collect(standing_still);
+        if (!newly) return newly.error();
         const clock::time_point now = clock::now();
         const std::chrono::duration<double> time = now - last_sync_;
-        const std::uint64_t left = pending_bytes();
         monitor_.update([&](migration::status& at) {
             ++at.ram.dirty_sync_count;
-            at.ram.remaining = left;
-            if (time.count() > 0) at.ram.dirty_pages_rate = static_cast<std::uint64_t>(static_cast<double>(newly) / time.count());
+            at.ram.remaining = stream.ram.remaining();
+            if (time.count() > 0) at.ram.dirty_pages_rate = static_cast<std::uint64_t>(static_cast<double>(*newly) / time.count());
         });
-        if (!standing_still && settings.auto_converge) slow_down(newly * page_size(), counts.normal_bytes - sent_before_sync_, settings);
+        const std::uint64_t sent = stream.ram.counts().normal_bytes;
+        if (!standing_still && settings.auto_converge)
+            slow_down(*newly * stream.ram.page_size(), sent - sent_before_sync_, settings);
         last_sync_ = now;
-        sent_before_sync_ = counts.normal_bytes;
+        sent_before_sync_ = sent;
         return {};
     }
     /// Where the guest has written, twice in a row, half as much as was sent, it gets less time (QEMU:
@@ -435,7 +366,7 @@ private:
 
     // ---- the guest stands still
 
-    result<void> switch_over(buffered_writer& out, stream_saver& saver, page_writer& pages) {
+    result<void> switch_over(outgoing& stream) {
         const migration::parameters settings = parameters();
         const clock::time_point stopped_at = clock::now();
         if (guest_.stop) {
@@ -450,22 +381,17 @@ private:
             if (result<void> fine = check_peer(); !fine) return fine;
         }
         if (!monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
-        monitor_.update([&](migration::status& at) { at.ram.precopy_bytes = out.offset(); });
-        if (result<void> read = read_logs(true, pages.counts(), settings); !read) return read;
-        if (machine_.ram() != nullptr) {
-            const section& entry = ram_entry();
-            saver.begin_section(section_type::end, entry);
-            bool more = !blocks_.empty();
-            while (more)
-                if (result<void> sent = send_some(pages, 256, more); !sent) return sent;
-            pages.put_end();
-            saver.end_section(entry);
+        monitor_.update([&](migration::status& at) { at.ram.precopy_bytes = stream.out.offset(); });
+        if (result<void> read = read_logs(stream, true, settings); !read) return read;
+        if (stream.ram.begin_section(section_type::end)) {
+            while (stream.ram.send(256)) {
+            }
+            stream.ram.end_section();
         }
-        if (result<void> saved = saver.save_devices(); !saved) return saved;
-        if (result<void> saved = saver.save_end(); !saved) return saved;
-        if (result<void> sent = out.flush(); !sent) return sent;
-        const std::uint64_t transferred = out.offset();
-        monitor_.update([&](migration::status& at) { count_pages(at, pages.counts(), transferred, 0); });
+        if (result<void> saved = stream.saver.save_devices(); !saved) return saved;
+        if (result<void> saved = stream.saver.save_end(); !saved) return saved;
+        if (result<void> sent = stream.out.flush(); !sent) return sent;
+        monitor_.update([&](migration::status& at) { count_pages(at, stream); });
         return {};
     }
     /// The destination's last word; without a return path, that the bytes have left is all there is to know.
@@ -507,8 +433,11 @@ private:
         for (;;) {
             if (result<void> read = read_return_message(in, message); !read) return read;
             switch (message.type) {
-            case return_message::pong:
-            case return_message::switchover_ack: break;
+            case return_message::pong: note_zero_block(message.value()); break;
+            case return_message::switchover_ack:
+                switchover_acked_.store(true);
+                monitor_.wake();
+                break;
             case return_message::shut:
                 if (message.value() == 0) return {};
                 return error(errc::io, {}, "the destination could not load the stream").within("return path");
@@ -518,6 +447,16 @@ private:
             }
         }
     }
+    /// One of ours says which of its blocks are zero; any gives the question back, which ends that.
+    void note_zero_block(std::uint32_t pong) {
+        if (pong == ping_which_blocks_are_zero) {
+            zero_blocks_told_.store(true);
+            monitor_.wake();
+        } else if ((pong & ~pong_block_number) == pong_block_is_zero && !zero_blocks_told_.load()) {
+            const std::lock_guard lock(answer_mutex_);
+            zero_blocks_.push_back(pong & pong_block_number);
+        }
+    }
     /// Before its time, the destination's last word is that something is wrong.
     result<void> check_peer() {
         if (monitor_.now() == state::cancelling) return error(errc::io, {}, "cancelled");
@@ -525,20 +464,6 @@ private:
         const std::lock_guard lock(answer_mutex_);
         if (!answer_) return answer_;
         return error(errc::bad_command, "no end before the stream's", "SHUT").within("return path");
-    }
-
-    // ---- small things
-
-    std::size_t page_size() const { return machine_.options().guest_page_size(); }
-    std::uint64_t pending_bytes() const {
-        std::uint64_t pages = 0;
-        for (const sent_block& one : blocks_) pages += one.dirty.count();
-        return pages * page_size();
-    }
-    const section& ram_entry() const {
-        for (const std::unique_ptr<section>& entry : machine_.sections())
-            if (entry->ram() != nullptr) return *entry;
-        return *machine_.sections().front(); // never: asked only where there is RAM
     }
 
     machine& machine_;
@@ -556,14 +481,12 @@ private:
     std::thread return_path_thread_;
     std::unique_ptr<duplex_channel> way_back_;
     std::atomic<bool> peer_has_spoken_ = false;
-    std::mutex answer_mutex_; ///< answer_
+    std::atomic<bool> switchover_acked_ = false;
+    std::atomic<bool> zero_blocks_told_ = false;
+    std::mutex answer_mutex_; ///< answer_, zero_blocks_
     result<void> answer_;
+    std::vector<std::uint32_t> zero_blocks_; ///< by their number in the stream's list
 
-    std::vector<sent_block> blocks_;
-    std::size_t at_block_ = 0; ///< where the scan goes on
-    std::size_t at_page_ = 0;
-    std::uint64_t pass_ = 1; ///< over the memory
-    std::optional<xbzrle_encoder> xbzrle_;
     std::uint64_t pages_before_window_ = 0;
     std::uint64_t sent_before_sync_ = 0; ///< bytes of whole pages
     unsigned outrun_ = 0;

@@ -19,6 +19,7 @@ struct ram_status {
     std::uint64_t remaining = 0;   ///< still to be sent, as far as it is known
     std::uint64_t transferred = 0; ///< on the channel, headers and devices included
     std::uint64_t duplicate = 0;   ///< pages sent as zero pages
+    std::uint64_t skipped = 0;     ///< zero pages not sent, since they are zero at the destination, too
     std::uint64_t normal = 0;      ///< pages sent whole
     std::uint64_t normal_bytes = 0;
     std::uint64_t precopy_bytes = 0;  ///< while the guest ran

@@ -103,7 +103,16 @@ public:
         for (std::size_t i = 0; i < words_.size(); ++i) added += merge_word(i, other.words_[i]);
         return added;
     }
-    /// The same, and takes the bits out of `other`, in which other threads may set bits meanwhile: each is either taken
+    /// Clears every bit that is set in `other`, of the same size; how many were set before.
+    std::size_t subtract(const page_bitmap& other) noexcept {
+        std::size_t removed = 0;
+        for (std::size_t i = 0; i < words_.size(); ++i) {
+            removed += ones(words_[i] & other.words_[i]);
+            words_[i] &= ~other.words_[i];
+        }
+        return removed;
+    }
+    /// As `merge`, and takes the bits out of `other`, in which other threads may set bits meanwhile: each is either taken
     /// or still there.
     std::size_t merge_and_clear(page_bitmap& other) noexcept { return merge_and_clear(other, 0, words_.size()); }
     /// The same for some of the words.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // Which pages of a block are there at all: memory that nobody has touched is zero, and need not be read to know it.
-// Depends on page_bitmap.hpp, dirty_log.hpp, pagemap_scan.hpp.
+// Depends on machine/ram_block.hpp, page_bitmap.hpp, dirty_log.hpp, pagemap_scan.hpp.
 #pragma once
 
 #include <unistd.h>
@@ -19,16 +19,12 @@
 #include <system_error>
 #include <utility>
 
+#include <vmstate/machine/ram_block.hpp>
 #include <vmstate/ram/dirty_log.hpp>
 #include <vmstate/ram/pagemap_scan.hpp>
+#include <vmstate/support/zero_bytes.hpp>
 
 namespace vmstate {
-
-/// The file that a block is a shared mapping of: a memfd, or a file of tmpfs.
-struct ram_file {
-    int fd = -1;
-    std::uint64_t offset = 0; ///< of the block's first byte in the file
-};
 
 namespace detail {
 
@@ -123,6 +119,23 @@ inline result<std::uint64_t> find_present_pages(std::span<const std::byte> memor
     }
     found(0, memory.size());
     return added;
+}
+
+/// Whether `memory` is known to be zero at little cost: no more than a few of its pages are there, and those are zero.
+/// False also where nobody knows.
+inline bool is_known_to_be_zero(
+    std::span<const std::byte> memory, std::size_t page_size, const ram_file& file = {}) {
+    constexpr std::size_t most_bytes_read = std::size_t{64} << 20;
+    const detail::memory_kind kind = detail::memory_kind_of(memory);
+    if (kind == detail::memory_kind::other || (kind == detail::memory_kind::shared && file.fd < 0)) return false;
+    page_bitmap present(detail::block_pages(memory.size(), page_size).count());
+    const result<std::uint64_t> count = find_present_pages(memory, page_size, present, file);
+    if (!count || *count * page_size > most_bytes_read) return false;
+    for (page_run run = present.find_next_run(0); run.count != 0; run = present.find_next_run(run.first + run.count)) {
+        const std::size_t begin = run.first * page_size;
+        if (!are_zero(memory.subspan(begin, std::min(run.count * page_size, memory.size() - begin)))) return false;
+    }
+    return true;
 }
 
 } // namespace vmstate
