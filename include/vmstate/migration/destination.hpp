@@ -99,7 +99,7 @@ private:
             way_back_ = std::move(*back);
             sender_ = std::make_unique<return_path_sender>(*way_back_);
             // Nothing here needs to see a part of the memory before the source stops.
-            return acks_switchover_ ? sender_->send(return_message::switchover_ack, {}) : result<void>();
+            return acks_switchover_ ? sender_->send(return_message::switchover_ack) : result<void>();
         }
         result<void> ping(std::uint32_t value) override {
             if (sender_ == nullptr) return {};

@@ -87,11 +87,13 @@ public:
         saver_.end_section(*entry_);
     }
 
-    /// At most `count` of the pages that have to go, from where the last ones were; false when none is left. What goes
-    /// wrong shows at the writer.
+    /// At most `count` of the pages that have to go, from where the last ones were, absent ones when no dirty one is left;
+    /// false when none is left. What goes wrong shows at the writer.
     bool send(std::size_t count) {
-        while (count != 0 && dirty_pages_ != 0 && !out_.failed()) count -= send_dirty(count);
-        while (count != 0 && absent_pages_ != 0 && !out_.failed()) count -= send_absent(count);
+        if (dirty_pages_ != 0)
+            while (count != 0 && dirty_pages_ != 0 && !out_.failed()) count -= send_dirty(count);
+        else
+            while (count != 0 && absent_pages_ != 0 && !out_.failed()) count -= send_absent(count);
         return dirty_pages_ + absent_pages_ != 0 && !out_.failed();
     }
     bool has_dirty() const noexcept { return dirty_pages_ != 0; }

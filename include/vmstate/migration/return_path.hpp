@@ -55,6 +55,7 @@ public:
         const std::lock_guard lock(channel_mutex_);
         return channel_.writev({&whole, 1});
     }
+    result<void> send(return_message type) { return send(type, std::span<const std::byte>()); }
     result<void> send(return_message type, std::uint32_t value) {
         std::array<std::byte, 4> payload;
         vmstate::detail::store_big(payload.data(), value);

@@ -250,6 +250,7 @@ private:
             const migration::parameters settings = parameters();
             const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
             if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream.out, settings)) {
+                leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
                 // Only now ask the logs: each time costs the guest.
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
                 if (stream.ram.remaining_on_wire() <= affordable(stream.out, settings)) return {};
@@ -277,18 +278,21 @@ private:
             sleep_until_window_ends(false);
             return {};
         }
-        leave_out_zero_blocks(stream, settings);
+        // What was never touched comes last: by then the destination may have told that it needn't.
+        const bool dirty = stream.ram.has_dirty();
+        if (!dirty) leave_out_zero_blocks(stream, settings);
         const clock::time_point enough = clock::now() + std::chrono::milliseconds(50);
         stream.ram.begin_section(section_type::part);
-        while (stream.ram.send(64) && clock::now() < enough && !meter_.is_spent(stream.out.offset(), settings.max_bandwidth)) {
+        while (stream.ram.send(64) && stream.ram.has_dirty() == dirty && clock::now() < enough &&
+               !meter_.is_spent(stream.out.offset(), settings.max_bandwidth)) {
         }
         stream.ram.end_section();
         return stream.out.flush();
     }
-    /// Before pages that nobody has touched are all that is left to say: where the destination has told that a block is
-    /// zero there, they need not be said. Its answer is under way by then.
+    /// Where the destination has told that a block is zero there, pages of it that nobody has touched need not be said.
+    /// Its answer has been under way since the setup.
     void leave_out_zero_blocks(outgoing& stream, const migration::parameters& settings) {
-        if (!has_return_path() || stream.ram.has_dirty() || !stream.ram.has_absent()) return;
+        if (!has_return_path() || !stream.ram.has_absent()) return;
         const auto is_told = [&](const migration::status& at) {
             return at.state == state::cancelling || peer_has_spoken_.load() || zero_blocks_told_.load();
         };

@@ -93,7 +93,15 @@ public:
         return walk(memory, {.all_of = page_category::written},
             detail::scan_write_protect_matching | detail::scan_check_write_protect_async, found);
     }
-    /// Write-protects what is present, in one step and without looking at it.
+    /// The same for memory that `write_protect` has left alone: what isn't there is no page that was written, as it is in
+    /// the eyes of the kernel where it has put no mark. Takes the kernel about twice as long.
+    template <class Found>
+    result<void> take_written_if_present(std::span<const std::byte> memory, Found found) const {
+        return walk(memory, {.all_of = page_category::written, .any_of = page_category::present | page_category::swapped},
+            detail::scan_write_protect_matching | detail::scan_check_write_protect_async, found);
+    }
+    /// Write-protects all of it, in one step and without looking at it: a page that isn't there gets a mark in the page
+    /// table, which takes that into being and looks like a page in swap.
     result<void> write_protect(std::span<const std::byte> memory) const {
         detail::scan_arguments arguments = arguments_for(memory, {.all_of = page_category::written});
         arguments.flags = detail::scan_write_protect_matching | detail::scan_check_write_protect_async;

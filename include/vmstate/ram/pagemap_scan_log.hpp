@@ -6,11 +6,13 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include <vmstate/ram/dirty_log.hpp>
 #include <vmstate/ram/pagemap_scan.hpp>
@@ -39,9 +41,12 @@ public:
         result<pagemap> map = pagemap::open();
         if (!map) return map.error();
         if (result<void> added = fault->add(memory_, UFFDIO_REGISTER_MODE_WP); !added) return added;
-        // Pages that aren't there need no protection: when they come they are unprotected, that is, written.
-        if (result<void> armed = map->write_protect(memory_); !armed) return armed;
-        active_.emplace(std::move(*fault), std::move(*map));
+        result<std::vector<stretch>> stretches = find_stretches(*map);
+        if (!stretches) return stretches.error();
+        for (const stretch& one : *stretches)
+            if (one.armed)
+                if (result<void> armed = map->write_protect(one.memory); !armed) return armed;
+        active_.emplace(std::move(*fault), std::move(*map), std::move(*stretches));
         return {};
     }
     result<std::uint64_t> collect(page_bitmap& into) {
@@ -49,13 +54,17 @@ public:
         if (result<void> fits = pages_.check(into); !fits) return fits.error();
         if (active_->failure) return active_->failure;
         std::uint64_t added = 0;
-        result<void> taken =
-            active_->map.take_written(memory_, [&](std::uint64_t offset, std::uint64_t length) {
-                added += pages_.mark(into, offset, length);
-            });
-        if (taken) return added;
-        // Pages may have been taken from the kernel and not come here: nothing that follows would be complete.
-        return active_->failure = taken.error();
+        for (const stretch& one : active_->stretches) {
+            const auto begin = static_cast<std::uint64_t>(one.memory.data() - memory_.data());
+            const auto mark = [&](std::uint64_t offset, std::uint64_t length) {
+                added += pages_.mark(into, begin + offset, length);
+            };
+            const result<void> taken = one.armed ? active_->map.take_written(one.memory, mark)
+                                                 : active_->map.take_written_if_present(one.memory, mark);
+            // Pages may have been taken from the kernel and not come here: nothing that follows would be complete.
+            if (!taken) return active_->failure = taken.error();
+        }
+        return added;
     }
     result<void> stop() {
         if (!active_) return {};
@@ -64,12 +73,45 @@ public:
     }
 
 private:
+    /// What a page table maps, 2 MiB on x86: either something was there when the log was started, and all of it is
+    /// protected; or nothing was, and it is left alone. A page that comes there later comes unprotected, that is, written.
+    struct stretch {
+        std::span<std::byte> memory;
+        bool armed;
+    };
+    static constexpr std::uint64_t table_size = std::uint64_t{2} << 20;
+
     struct active {
-        active(userfault f, pagemap m) noexcept : fault(std::move(f)), map(std::move(m)) {}
+        active(userfault f, pagemap m, std::vector<stretch> s) noexcept
+            : fault(std::move(f)), map(std::move(m)), stretches(std::move(s)) {}
         userfault fault; // closing it unregisters the memory
         pagemap map;
+        std::vector<stretch> stretches; ///< all of the memory, in order
         error failure;
     };
+
+    result<std::vector<stretch>> find_stretches(const pagemap& map) const {
+        std::vector<stretch> all;
+        std::uint64_t done = 0;
+        const auto add = [&](std::uint64_t end, bool armed) {
+            if (end <= done) return;
+            if (!all.empty() && all.back().armed == armed)
+                all.back().memory = {all.back().memory.data(), memory_.data() + end};
+            else all.push_back({memory_.subspan(done, end - done), armed});
+            done = end;
+        };
+        const std::uint64_t skew = reinterpret_cast<std::uintptr_t>(memory_.data()) % table_size;
+        const result<void> looked = map.scan(memory_, {.any_of = page_category::present | page_category::swapped},
+            [&](std::uint64_t offset, std::uint64_t length) {
+                const std::uint64_t first = (offset + skew) / table_size * table_size;
+                const std::uint64_t end = (offset + skew + length + table_size - 1) / table_size * table_size;
+                add(first < skew ? 0 : first - skew, false);
+                add(std::min<std::uint64_t>(end - skew, memory_.size()), true);
+            });
+        if (!looked) return looked.error();
+        add(memory_.size(), false);
+        return all;
+    }
 
     std::span<std::byte> memory_;
     detail::block_pages pages_;
