@@ -33,9 +33,15 @@ std::string message_of(const vmstate::result<T>& outcome) {
     return outcome ? "" : outcome.error().message();
 }
 
-void set_return_path(qemu& who, bool on) {
-    who.execute("migrate-set-capabilities",
-        {{"capabilities", boost::json::array{boost::json::object{{"capability", "return-path"}, {"state", on}}}}});
+void set_capability(qemu& who, std::string_view name, bool on) {
+    who.execute("migrate-set-capabilities", {{"capabilities", boost::json::array{boost::json::object{
+        {"capability", boost::json::string_view(name.data(), name.size())}, {"state", on}}}}});
+}
+void set_return_path(qemu& who, bool on) { set_capability(who, "return-path", on); }
+bool knows_capability(qemu& who, std::string_view name) {
+    for (const boost::json::value& one : who.execute("query-migrate-capabilities").as_array())
+        if (one.at("capability").as_string() == boost::json::string_view(name.data(), name.size())) return true;
+    return false;
 }
 
 /// What a destination of ours got of a QEMU that migrates to it.
@@ -44,7 +50,8 @@ struct received {
     migration_outcome source;
     int starts = 0;
 };
-received receive(qemu& from, replica& into, const vmstate::vmdesc& description, const std::string& uri) {
+received receive(qemu& from, replica& into, const vmstate::vmdesc& description, const std::string& uri,
+    const vmstate::migration::parameters& parameters = {}) {
     received got;
     vmstate::migration::guest guest{.stop = {}, .start = [&]() -> vmstate::result<void> {
         ++got.starts;
@@ -52,7 +59,7 @@ received receive(qemu& from, replica& into, const vmstate::vmdesc& description, 
     }};
     vmstate::load_options loading = vmstate::carry_unknown();
     loading.description = &description;
-    vmstate::migration::destination destination(into.machine, guest, {}, loading);
+    vmstate::migration::destination destination(into.machine, guest, parameters, loading);
     REQUIRE(message_of(destination.listen(uri)) == "");
     std::thread receiving([&] { got.outcome = destination.run(); });
     got.source = from.migrate(destination.uri());
@@ -140,4 +147,37 @@ TEST_CASE("a QEMU with another machine is refused, and its guest runs on") {
     const std::string before = first.serial();
     first.wait_serial(lines(std::count(before.begin(), before.end(), '\n') + 3), "3 more lines");
     counter::parse_output(first.serial());
+}
+
+TEST_CASE("neither side stops its guest before the other has said that it is ready") {
+    VMSTATE_REQUIRE_QEMU();
+    const temporary_directory directory;
+    const qemu_options options{.machine = "microvm", .rom = guest_rom("counter")};
+    qemu first(options);
+    if (!knows_capability(first, "switchover-ack")) return skip("this QEMU has no switchover-ack (8.1 has)");
+    first.wait_serial(lines(3), "3 lines");
+    const recorded_stream schema = record(first);
+    first.cont();
+    set_return_path(first, true);
+    set_capability(first, "switchover-ack", true);
+    replica ours(schema);
+    const received got =
+        receive(first, ours, schema.description, "unix:" + (directory / "to-us").string(), {.switchover_ack = true});
+    REQUIRE(got.source.error == "");
+    REQUIRE(message_of(got.outcome) == "");
+
+    qemu_options more = options;
+    more.arguments = {"-incoming", "defer"};
+    qemu second(more);
+    set_return_path(second, true);
+    set_capability(second, "switchover-ack", true);
+    const std::string where = "unix:" + (directory / "to-qemu").string();
+    second.execute("migrate-incoming", {{"uri", where}});
+    vmstate::migration::guest guest{.stop = {}, .start = {}};
+    vmstate::migration::source source(ours.machine, guest, {.switchover_ack = true});
+    REQUIRE(message_of(source.start(where)) == "");
+    CHECK(message_of(source.wait()) == "");
+    const auto incoming = second.wait_incoming();
+    REQUIRE(incoming.error == "");
+    REQUIRE(incoming.completed);
 }

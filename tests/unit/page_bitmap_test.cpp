@@ -50,7 +50,7 @@ TEST_CASE("a page bitmap does what a vector of bools does") {
             for (std::size_t i = first; i < first + count; ++i) model[i] = value;
         };
         right = bitmap.count(first, count) == was;
-        switch (below(9)) {
+        switch (below(10)) {
         case 0:
             bitmap.set(page);
             model[page] = true;
@@ -91,6 +91,13 @@ TEST_CASE("a page bitmap does what a vector of bools does") {
             other.set_range(first, count);
             right = right && bitmap.merge_and_clear(other) == count - was && other.none();
             fill(true);
+            break;
+        }
+        case 9: {
+            page_bitmap other(size);
+            other.set_range(first, count);
+            right = right && bitmap.subtract(other) == was && other.count() == count;
+            fill(false);
             break;
         }
         }
