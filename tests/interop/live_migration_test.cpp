@@ -39,7 +39,8 @@ void set_capability(qemu& who, std::string_view name, bool on) {
 }
 void set_return_path(qemu& who, bool on) { set_capability(who, "return-path", on); }
 bool knows_capability(qemu& who, std::string_view name) {
-    for (const boost::json::value& one : who.execute("query-migrate-capabilities").as_array())
+    const boost::json::value known = who.execute("query-migrate-capabilities");
+    for (const boost::json::value& one : known.as_array())
         if (one.at("capability").as_string() == boost::json::string_view(name.data(), name.size())) return true;
     return false;
 }

@@ -534,6 +534,26 @@ inline constexpr auto vmstate_counter = describe<counter_state>({.name = "counte
 
 } // namespace
 
+TEST_CASE("fd: of a socket goes both ways, whoever connected it") {
+    int ends[2];
+    REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    opened_output output = open_output("fd:" + std::to_string(ends[0]));
+    opened_input input = open_input("fd:" + std::to_string(ends[1]));
+    REQUIRE(output.has_value());
+    REQUIRE(input.has_value());
+    const result<std::unique_ptr<duplex_channel>> answer = (*input)->get_return_path();
+    const result<std::unique_ptr<duplex_channel>> heard = (*output)->get_return_path();
+    REQUIRE(answer.has_value());
+    REQUIRE(heard.has_value());
+    const std::array<std::byte, 3> bytes{std::byte{1}, std::byte{2}, std::byte{3}};
+    const std::span<const std::byte> whole(bytes);
+    REQUIRE((*answer)->writev({&whole, 1}));
+    std::array<std::byte, 3> got{};
+    std::span<std::byte> room(got);
+    REQUIRE((*heard)->read_some({&room, 1}).value() == 3);
+    CHECK(got == bytes);
+}
+
 TEST_CASE("open_output connects and open_input listens, as in QEMU") {
     const std::string kind = GENERATE("IPv4", "unix");
     const auto before = descriptors();

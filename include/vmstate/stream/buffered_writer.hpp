@@ -79,8 +79,9 @@ private:
         set_window(buffer_.get(), buffer_.get(), buffer_.get() + size_, offset() + block.size());
     }
 
-    /// Pairs of something buffered and something by reference; at the end something buffered and a large block.
-    static constexpr std::size_t max_parts = 2 * 128;
+    /// Pairs of something buffered and something by reference; at the end something buffered and a large block. No more
+    /// than the system takes in one call (IOV_MAX).
+    static constexpr std::size_t max_parts = 2 * 511;
 
     output_channel& channel_;
     std::size_t size_;

@@ -73,7 +73,11 @@ inline void prepare_connected(int fd) noexcept {
     if (const int flags = ::fcntl(fd, F_GETFL); flags >= 0 && (flags & O_NONBLOCK) != 0)
         ::fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);
     const int on = 1;
-    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); // fails, harmlessly, on a unix socket
+    if (::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0) return;
+    // A unix socket, then: its buffer doesn't grow by itself as TCP's does, and 208 KiB have both sides wait for each other.
+    const int size = 1 << 20;
+    if (::setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size) != 0)
+        ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size); // as much as the system lets anybody have
 }
 
 } // namespace vmstate::detail

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <sys/socket.h>
 
 #include <concepts>
 #include <memory>
@@ -94,6 +95,17 @@ inline result<unique_fd> take_descriptor(int number) {
     return unique_fd(number);
 }
 
+/// A socket has a way back, whoever connected it.
+inline bool is_stream_socket(int fd) noexcept {
+    int type = 0;
+    socklen_t size = sizeof type;
+    return ::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) == 0 && type == SOCK_STREAM;
+}
+inline std::unique_ptr<socket_channel> take_socket(unique_fd fd) {
+    prepare_connected(fd.get());
+    return std::make_unique<socket_channel>(std::move(fd));
+}
+
 inline result<std::unique_ptr<output_channel>> open_output_at(const file_uri& file) {
     return open_output_file(file.path, file.offset);
 }
@@ -103,6 +115,7 @@ inline result<std::unique_ptr<output_channel>> open_output_at(const exec_uri& ex
 inline result<std::unique_ptr<output_channel>> open_output_at(const fd_uri& number) {
     result<unique_fd> fd = take_descriptor(number.fd);
     if (!fd) return fd.error();
+    if (is_stream_socket(fd->get())) return std::unique_ptr<output_channel>(take_socket(std::move(*fd)));
     return std::unique_ptr<output_channel>(std::make_unique<fd_output_channel>(std::move(*fd)));
 }
 // As in QEMU the source connects, and the destination listens for it.
@@ -123,6 +136,7 @@ inline result<std::unique_ptr<input_channel>> open_input_at(const exec_uri& exec
 inline result<std::unique_ptr<input_channel>> open_input_at(const fd_uri& number) {
     result<unique_fd> fd = take_descriptor(number.fd);
     if (!fd) return fd.error();
+    if (is_stream_socket(fd->get())) return std::unique_ptr<input_channel>(take_socket(std::move(*fd)));
     return std::unique_ptr<input_channel>(std::make_unique<fd_input_channel>(std::move(*fd)));
 }
 template <class Address>
