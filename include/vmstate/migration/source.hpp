@@ -162,6 +162,7 @@ private:
             if (monitor_.now() == state::cancelling) return error(errc::io, {}, "cancelled");
             return migrate(*channel);
         }();
+        if (!done) prefer_answer(done);
         if (throttled_ != 0) set_throttle(0);
         if (!done && channel) channel->shutdown();
         if (return_path_thread_.joinable()) return_path_thread_.join();
@@ -173,6 +174,20 @@ private:
         }
         channel.reset();
         finish(done);
+    }
+    /// A destination that has given up says why and then closes: of the two, what the channel says of it is the lesser
+    /// news, and may come first. `done` keeps the stage that it names.
+    void prefer_answer(result<void>& done) {
+        if (!return_path_thread_.joinable() || monitor_.now() == state::cancelling) return;
+        if (done.error() != errc::io || done.error().path().ends_with("return path")) return;
+        // What was said before the channel broke is there to be read, and so is its end. Nothing comes of one that hangs.
+        const auto has_spoken = [&](const migration::status&) { return peer_has_spoken_.load(); };
+        if (!monitor_.wait_until(clock::now() + std::chrono::milliseconds(100), has_spoken)) return;
+        const std::lock_guard lock(answer_mutex_);
+        if (answer_) return;
+        const std::string stage(done.error().path().substr(0, done.error().path().find('/')));
+        error answer = answer_.error();
+        done = answer.within(stage);
     }
     void finish(const result<void>& done) {
         if (done) {
@@ -198,7 +213,8 @@ private:
         if (result<void> done = setup(channel, stream, settings); !done) return std::move(done.error()).within("setup");
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
         if (result<void> done = precopy(stream); !done) return std::move(done.error()).within("active");
-        if (result<void> done = switch_over(stream); !done) return std::move(done.error()).within("device");
+        if (result<void> done = switch_over(stream); !done)
+            return std::move(done.error()).within(to_string(monitor_.now()));
         return await_return_path(settings);
     }
 
@@ -393,6 +409,8 @@ private:
             stream.ram.end_section();
         }
         if (result<void> saved = stream.saver.save_devices(); !saved) return saved;
+        // The destination can't have loaded what it hasn't got: its last word comes after the stream's end, or is wrong.
+        if (result<void> fine = check_peer(); !fine) return fine;
         if (result<void> saved = stream.saver.save_end(); !saved) return saved;
         if (result<void> sent = stream.out.flush(); !sent) return sent;
         monitor_.update([&](migration::status& at) { count_pages(at, stream); });
