@@ -83,6 +83,7 @@ public:
     }
 
     std::vector<std::byte>& memory() { return memory_; }
+    const std::vector<std::byte>& memory() const { return memory_; }
     /// Between two writes.
     void slow_down(std::chrono::microseconds pause) { pause_ = pause; }
 
