@@ -2,20 +2,20 @@
 // A source of ours and a destination that stops, goes away, or says what it should not, at each stage: the migration ends
 // in bounded time with an error that names the stage, the source's guest runs on with its memory as it was, and nothing
 // is left behind.
-#include <netinet/in.h>
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <ostream>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -26,6 +26,7 @@
 
 #include "footprint.hpp"
 #include "small_machine.hpp"
+#include "tcp_pair.hpp"
 
 using namespace vmstate;
 using namespace vmstate::tests;
@@ -64,26 +65,6 @@ std::ostream& operator<<(std::ostream& out, deed what) {
     return out << names[static_cast<std::size_t>(what)];
 }
 
-/// Two ends of a TCP connection, with so small buffers that a peer that doesn't read is noticed soon.
-std::pair<unique_fd, unique_fd> connect_tcp() {
-    const unique_fd listener(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof address;
-    const int buffer = 32 * 1024;
-    ::setsockopt(listener.get(), SOL_SOCKET, SO_RCVBUF, &buffer, sizeof buffer);
-    REQUIRE(::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), size) == 0);
-    REQUIRE(::listen(listener.get(), 1) == 0);
-    REQUIRE(::getsockname(listener.get(), reinterpret_cast<sockaddr*>(&address), &size) == 0);
-    unique_fd one(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    ::setsockopt(one.get(), SOL_SOCKET, SO_SNDBUF, &buffer, sizeof buffer);
-    REQUIRE(::connect(one.get(), reinterpret_cast<const sockaddr*>(&address), size) == 0);
-    unique_fd other(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    REQUIRE(other);
-    return {std::move(one), std::move(other)};
-}
-
 /// A destination that reads, until it does its deed.
 class hostile_destination {
 public:
@@ -109,12 +90,7 @@ private:
                 case deed::stops: break;
                 case deed::never_answers: reads = true; break;
                 case deed::closes: fd_.reset(); break;
-                case deed::resets: {
-                    const linger at_once{1, 0};
-                    ::setsockopt(fd_.get(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
-                    fd_.reset();
-                    break;
-                }
+                case deed::resets: reset_connection(fd_); break;
                 case deed::half_closes: ::shutdown(fd_.get(), SHUT_WR), reads = true; break;
                 case deed::garbage: {
                     std::uint32_t x = 1;

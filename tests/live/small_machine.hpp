@@ -38,14 +38,23 @@ struct counter_card {
 inline constexpr auto vmstate_counter_card = describe<counter_card>(
     {.name = "counter-card"}, field<&counter_card::writes>, field<&counter_card::control>);
 
+struct small_options {
+    std::size_t written_share = 8; ///< of how many pages the guest writes one
+    machine_options machine{.name = "small"};
+    std::string block = "ram";
+};
+
 /// Memory, a device, and a thread that writes both. Each page begins with how often it was written and ends with the
 /// same: a torn page shows.
 class small_machine {
 public:
-    explicit small_machine(std::size_t pages, std::size_t written_share = 8)
-        : memory_(pages * page), written_(pages / written_share), log_(pages * page) {
+    explicit small_machine(std::size_t pages, const small_options& options = {})
+        : state(options.machine)
+        , memory_(pages * page)
+        , written_(pages / options.written_share)
+        , log_(pages * page, options.machine.guest_page_size()) {
         state.add_device<vmstate_counter_card>(card);
-        state.add_ram("ram", std::span<std::byte>(memory_));
+        state.add_ram(options.block, std::span<std::byte>(memory_));
         control.stop = [this]() -> result<void> {
             stop();
             ++stops;
@@ -56,7 +65,7 @@ public:
             ++starts;
             return {};
         };
-        control.dirty_logs.emplace("ram", log_);
+        control.dirty_logs.emplace(options.block, log_);
     }
     ~small_machine() { stop(); }
 
@@ -87,7 +96,7 @@ public:
     /// Between two writes.
     void slow_down(std::chrono::microseconds pause) { pause_ = pause; }
 
-    machine state{{.name = "small"}};
+    machine state;
     migration::guest control;
     counter_card card;
     std::atomic<int> stops = 0;
