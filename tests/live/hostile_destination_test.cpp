@@ -110,7 +110,7 @@ private:
                 committed_ = true;
             }
             if (pongs)
-                for (int i = 0; i != 100; ++i) say({0, 2, 0, 4, 0, 0, 0, 1});
+                for (int i = 0; i != 100; ++i) say({0, 2, 0, 4, 0, 0, 0, 1, 0, 2, 0, 4, 0x76, 0x30, 0xff, 0xff}); // "block 65535 is zero"
             if (!fd_ || !reads) {
                 std::this_thread::sleep_for(100us);
                 continue;

@@ -476,7 +476,8 @@ private:
             monitor_.wake();
         } else if ((pong & ~pong_block_number) == pong_block_is_zero && !zero_blocks_told_.load()) {
             const std::lock_guard lock(answer_mutex_);
-            zero_blocks_.push_back(pong & pong_block_number);
+            // Each once: who sends more of them isn't to fill our memory.
+            if (zero_blocks_.size() <= pong_block_number) zero_blocks_.push_back(pong & pong_block_number);
         }
     }
     /// Before its time, the destination's last word is that something is wrong.
