@@ -46,7 +46,7 @@ struct peer_options {
     std::uint64_t max_bandwidth = 0;
     unsigned downtime_limit = 300; // ms
     unsigned peer_timeout = 30'000;
-    std::string hold; ///< the state in which it stays
+    std::string hold = {}; ///< the state in which it stays
 };
 
 /// Ends with the test, and the test's process.
