@@ -26,6 +26,7 @@
 #include <vmstate/migration/source.hpp>
 
 #include "events.hpp"
+#include "make_vm.hpp"
 #include "report.hpp"
 #include "vm.hpp"
 
@@ -45,7 +46,9 @@ struct command_line {
     unsigned times = 1;
     std::optional<double> run_for;
     std::uint64_t memory = std::uint64_t{64} << 20;
-    std::string dirty_log = "marked";
+    std::string cpu;       // empty: the best that there is here
+    std::string dirty_log; // empty: the processor's own
+    std::optional<std::uint64_t> work_memory;
     unsigned dirty_share = 25;
     std::uint32_t dirty_rate = 1000;
     std::uint32_t tick_interval = 100;
@@ -59,19 +62,42 @@ events::clock::duration duration(double seconds) {
     return std::chrono::duration_cast<events::clock::duration>(std::chrono::duration<double>(seconds));
 }
 
-/// Work for the guest, in whole pages and intervals of about 10 ms.
-live::guest_parameters guest_work(const command_line& asked) {
+/// Which processor; with the reason where it isn't the one that one would wish for.
+struct cpu_choice {
+    live::cpu_kind cpu;
+    std::string why;
+};
+cpu_choice choose_cpu(const command_line& asked) {
+    if (!asked.cpu.empty()) return {asked.cpu == "kvm" ? live::cpu_kind::kvm : live::cpu_kind::riscv, {}};
+    if (asked.dirty_log == "marked") return {live::cpu_kind::riscv, "KVM doesn't mark pages"};
+    const vmstate::result<void> can = live::probe_kvm();
+    if (can) return {live::cpu_kind::kvm, {}};
+    return {live::cpu_kind::riscv, "no KVM here: " + can.error().message()};
+}
+
+live::dirty_log_kind choose_dirty_log(const command_line& asked, live::cpu_kind cpu) {
+    using enum live::dirty_log_kind;
+    if (asked.dirty_log.empty()) return cpu == live::cpu_kind::kvm ? kvm_bitmap : marked;
+    return asked.dirty_log == "marked" ? marked : asked.dirty_log == "pagemap" ? pagemap
+                                              : asked.dirty_log == "kvm-ring"  ? kvm_ring
+                                                                               : kvm_bitmap;
+}
+
+/// Work for the guest, in whole pages and intervals of about 10 ms. Of its RAM it works in so much, and leaves the rest
+/// untouched.
+live::guest_parameters guest_work(const command_line& asked, std::uint32_t ram_base, std::uint64_t work_memory) {
     constexpr std::uint32_t page = 4096;
     constexpr std::uint32_t second = 1'000'000;
     constexpr std::uint32_t usual_interval = 10'000;
     live::guest_parameters work{};
-    work.hot_begin = live::vm::ram_base + live::guest_parameters::first_free;
-    work.cold_end = live::vm::ram_base + static_cast<std::uint32_t>(asked.memory);
+    work.hot_begin = ram_base + live::guest_parameters::first_free;
+    work.cold_end = ram_base + static_cast<std::uint32_t>(
+        std::clamp<std::uint64_t>(work_memory / page * page, live::guest_parameters::first_free, asked.memory));
     const std::uint64_t pages = (work.cold_end - work.hot_begin) / page;
     work.hot_end = work.hot_begin + static_cast<std::uint32_t>(pages * asked.dirty_share / 100) * page;
     work.interval_us = usual_interval;
     if (asked.dirty_rate != 0 && asked.dirty_rate < second / usual_interval) work.interval_us = second / asked.dirty_rate;
-    work.interval_us = std::min(work.interval_us, asked.tick_interval * 1000);
+    work.interval_us = std::min({work.interval_us, asked.tick_interval * 1000, live::guest_parameters::longest_interval});
     work.pages_per_interval = static_cast<std::uint32_t>(
         (std::uint64_t{asked.dirty_rate} * work.interval_us + second - 1) / second);
     work.intervals_per_tick = std::max(asked.tick_interval * 1000 / work.interval_us, 1u);
@@ -80,15 +106,19 @@ live::guest_parameters guest_work(const command_line& asked) {
 
 class program {
 public:
-    program(const command_line& asked, live::vm& vm, const events& all, live::report& said)
-        : asked_(asked), vm_(vm), events_(all), report_(said) {}
+    program(const command_line& asked, std::uint64_t work_memory, live::vm& vm, const events& all, live::report& said)
+        : asked_(asked), work_memory_(work_memory), vm_(vm), events_(all), report_(said) {}
 
     int run() {
         if (asked_.incoming) {
             if (!prepare_to_receive()) return exit_failed;
             if (!receive()) return exit_failed;
         } else {
-            vm_.boot(guest_work(asked_));
+            const auto booted = vm_.boot(guest_work(asked_, vm_.ram_base(), work_memory_));
+            if (!booted) {
+                complain("machine", booted.error());
+                return exit_failed;
+            }
             vm_.start();
             report_.running();
         }
@@ -190,6 +220,7 @@ private:
     }
 
     const command_line& asked_;
+    const std::uint64_t work_memory_;
     live::vm& vm_;
     const events& events_;
     live::report& report_;
@@ -210,24 +241,35 @@ int run(command_line asked) {
         said.failed(asked.serial.empty() ? "stdout" : asked.serial, std::system_category().message(errno));
         return exit_failed;
     }
-    vmstate::result<std::unique_ptr<live::vm>> vm = live::vm::make({.memory = asked.memory,
-        .dirty_log = asked.dirty_log == "pagemap" ? live::dirty_log_kind::pagemap : live::dirty_log_kind::marked,
+    const cpu_choice chosen = choose_cpu(asked);
+    const bool is_kvm = chosen.cpu == live::cpu_kind::kvm;
+    said.processor(is_kvm ? "kvm" : "riscv", chosen.why);
+    vmstate::result<std::unique_ptr<live::vm>> vm = live::make_vm(chosen.cpu, {.memory = asked.memory,
+        .dirty_log = choose_dirty_log(asked, chosen.cpu),
         .serial = serial.get(),
         .on_halt = [&all] { all.tell(); }});
     if (!vm) {
         said.failed("machine", vm.error().message());
         return exit_failed;
     }
-    return program(asked, **vm, all, said).run();
+    // Where KVM is itself emulated, a guest takes seconds to fill more.
+    constexpr std::uint64_t usual_kvm_work = std::uint64_t{8} << 20;
+    const std::uint64_t work_memory = asked.work_memory.value_or(is_kvm ? usual_kvm_work : asked.memory);
+    return program(asked, work_memory, **vm, all, said).run();
 }
 
 void add_common_options(CLI::App& to, command_line& asked) {
     to.add_option("--memory", asked.memory, "RAM of the guest, with K, M or G; both sides the same")
         ->transform(CLI::AsSizeValue(false))
         ->capture_default_str();
-    to.add_option("--dirty-log", asked.dirty_log, "How writes to RAM are found: marked by the processor, or by the kernel")
-        ->check(CLI::IsMember({"marked", "pagemap"}))
-        ->capture_default_str();
+    to.add_option("--cpu", asked.cpu,
+          "The processor: x86 by KVM, or a RISC-V that is interpreted; both sides the same. Without: kvm where it can be "
+          "used")
+        ->check(CLI::IsMember({"kvm", "riscv"}));
+    to.add_option("--dirty-log", asked.dirty_log,
+          "How writes to RAM are found. riscv: marked by the processor, or pagemap, by the kernel; kvm: kvm-bitmap, kvm-ring "
+          "or pagemap. Without: the first")
+        ->check(CLI::IsMember({"marked", "pagemap", "kvm-bitmap", "kvm-ring"}));
     to.add_option("--serial", asked.serial, "Append the serial port's output to this file; stdout without");
     to.add_flag("--json", asked.json, "Say on stderr what happens as JSON, one object a line");
     CLI::Option* const migrate =
@@ -260,7 +302,12 @@ int main(int argc, char** argv) {
     add_common_options(*running, asked);
     running->add_option("--come-back", asked.listen_uri, "Where to wait for the guest after it has gone: unix:PATH, tcp:HOST:PORT")
         ->needs("--migrate-to");
-    running->add_option("--dirty-share", asked.dirty_share, "Percent of its RAM that the guest writes; the rest it only checks")
+    running->add_option("--work-memory", asked.work_memory,
+               "RAM that the guest fills, checks and writes, with K, M or G; it leaves the rest alone. Without: all; on "
+               "KVM, up to 8M")
+        ->transform(CLI::AsSizeValue(false));
+    running->add_option("--dirty-share", asked.dirty_share,
+               "Percent of that RAM that the guest writes; the rest it only checks")
         ->check(CLI::Range(0, 100))
         ->capture_default_str();
     running->add_option("--dirty-rate", asked.dirty_rate, "Pages that it writes, and pages that it checks, in a second")

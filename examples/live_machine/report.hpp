@@ -19,6 +19,11 @@ public:
     /// Lines about single passes are for terminals, and for JSON.
     report(bool json, bool is_terminal) : json_(json), passes_(json || is_terminal) {}
 
+    /// `why` it is this one; may be empty.
+    void processor(const std::string& name, const std::string& why) {
+        say("processor: " + name + (why.empty() ? "" : " (" + why + ")"),
+            {{"event", "processor"}, {"cpu", name}, {"why", why}});
+    }
     void waiting(const std::string& uri) { say("waiting at " + uri, {{"event", "waiting"}, {"uri", uri}}); }
     void running() { say("the guest runs here", {{"event", "running"}}); }
     void failed(const std::string& what, const std::string& why) {

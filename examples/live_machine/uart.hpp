@@ -2,7 +2,7 @@
 //
 // A 16550 serial port, by National Semiconductor's PC16550D: registers, both FIFOs, loopback. It sends at its line's
 // speed, so that a machine that stops has characters on their way; they go along. Nobody is at the other end to send it
-// anything, and its interrupt isn't wired. Depends on describe.hpp.
+// anything. Depends on describe.hpp.
 #pragma once
 
 #include <algorithm>
@@ -87,6 +87,8 @@ struct uart {
         default: break;
         }
     }
+    /// The level of its interrupt line, which OUT2 lets through, as in a PC.
+    bool interrupts() const { return (mcr & 0x18) == 0x08 && (iir() & 0x01) == 0; }
     /// Gives `send` the characters that have left by `now`.
     template <class Send>
     void advance(std::uint64_t now, Send send) {

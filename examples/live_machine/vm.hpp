@@ -1,32 +1,36 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// The virtual machine: a hart, RAM, a timer and a serial port, in a thread of its own; and how it is migrated. Depends
-// on the other headers here and on vmstate's machine/, migration/ and ram/.
+// The virtual machine, whatever its processor: RAM, the time and a serial port, in a thread of its own; and how it is
+// migrated. riscv_vm.hpp and kvm_vm.hpp add the processor and what is around it. Depends on the other headers here and
+// on vmstate's machine/, migration/ and ram/.
 #pragma once
+
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <span>
 #include <string>
 #include <thread>
 
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/migration/guest.hpp>
-#include <vmstate/ram/marked_log.hpp>
 #include <vmstate/support/result.hpp>
 
+#include "guest_clock.hpp"
 #include "guest_image.hpp"
-#include "hart.hpp"
 #include "memory.hpp"
-#include "timer.hpp"
 #include "uart.hpp"
 
 namespace live {
 
-enum class dirty_log_kind { marked, pagemap };
+enum class dirty_log_kind { marked, pagemap, kvm_bitmap, kvm_ring };
 
 struct vm_options {
     std::uint64_t memory = std::uint64_t{64} << 20; ///< bytes, whole pages
@@ -37,18 +41,17 @@ struct vm_options {
 
 class vm {
 public:
-    static constexpr std::uint32_t ram_base = 0x80000000;
-    static constexpr std::uint32_t timer_base = 0x02000000;
-    static constexpr std::uint32_t uart_base = 0x10000000;
     static constexpr std::uint64_t max_memory = std::uint64_t{1} << 30;
 
-    static vmstate::result<std::unique_ptr<vm>> make(vm_options options);
     vm(const vm&) = delete;
     vm& operator=(const vm&) = delete;
-    ~vm() { stop(); }
+    virtual ~vm() = default;
 
-    /// Puts the guest program into RAM and the hart before it. The machine must stand still.
-    void boot(const guest_parameters& parameters);
+    /// Puts the guest program into RAM and the processor, which is as it was made, before it. The machine must stand
+    /// still.
+    virtual vmstate::result<void> boot(const guest_parameters& parameters) = 0;
+    /// Where RAM begins for the guest.
+    std::uint32_t ram_base() const { return ram_base_; }
 
     /// Runs the guest, or has it stand still when it returns. Doing either twice is harmless.
     void start();
@@ -60,31 +63,40 @@ public:
     vmstate::machine& machine() { return machine_; }
     vmstate::migration::guest& guest() { return guest_; }
 
-private:
-    vm(vm_options options, memory ram);
+protected:
+    /// `name` goes into the stream: a machine with another one doesn't take it.
+    vm(vm_options options, memory ram, std::string name, std::uint32_t ram_base);
 
-    /// What the hart sees.
-    struct bus {
-        vm& self;
-        bool load(std::uint32_t address, std::uint32_t size, std::uint32_t& value);
-        bool store(std::uint32_t address, std::uint32_t size, std::uint32_t value);
-        bool is_interrupt_pending() { return self.timer_.is_pending(); }
-    };
+    static vmstate::result<memory> make_memory(const vm_options& options);
+    void put_program(std::span<const std::byte> image, const guest_parameters& parameters);
 
-    /// The machine's thread: owns everything of the machine while it runs.
-    void run_guest();
-    timer::clock::time_point next_event() const;
-    bool send_serial();
+    /// The machine's thread: owns everything of the machine while it runs. It returns when `must_stop`, or after
+    /// `halt_for`. A derived class stops it before its members go.
+    virtual void run_guest() = 0;
+    /// Makes the machine's thread look at `must_stop`, where it doesn't do so itself.
+    virtual void kick(pthread_t) {}
+    bool must_stop() const;
+    /// Waits; true where the machine must stop.
+    bool wait_until(guest_clock::clock::time_point time);
     void halt_for(std::string reason);
+
+    /// Writes what has left the serial port by now; false where it can't, having said why the guest halts.
+    bool send_serial();
+    /// When the next character will have left it.
+    std::optional<guest_clock::clock::time_point> next_character() const;
+    /// How long the guest has to stand still for `auto-converge` after it has run so long.
+    guest_clock::clock::duration throttled_after(guest_clock::clock::duration ran) const;
+    bool is_throttled() const { return throttle_percent_.load() != 0; }
 
     const vm_options options_;
     memory ram_;
-    vmstate::marked_log marked_log_;
-    hart_state hart_;
-    timer timer_;
+    guest_clock clock_;
     uart uart_;
-    vmstate::machine machine_{{.name = "live-machine"}};
+    vmstate::machine machine_;
     vmstate::migration::guest guest_;
+
+private:
+    const std::uint32_t ram_base_;
     std::atomic<unsigned> throttle_percent_ = 0;
 
     std::mutex control_mutex_; ///< thread_

@@ -4,7 +4,7 @@
 #     "BAD page ..." and stops;
 #   - it prints "tick N", with N one more each time;
 #   - it sleeps until the timer says that the next interval begins.
-# What it works on is in the parameter page (parameters.hpp). It runs from the beginning of RAM, with its stack below
+# What it works on is in the parameter page (guest_image.hpp). It runs from the beginning of RAM, with its stack below
 # the end of the third page. All in one section without relocations: nothing links it.
 
         .equ ram, 0x80000000
