@@ -39,10 +39,6 @@ namespace {
 
 using namespace bench;
 
-std::size_t environment_or(const char* name, std::size_t otherwise) {
-    const char* const text = std::getenv(name);
-    return text != nullptr ? std::max<std::size_t>(1, std::strtoul(text, nullptr, 10)) : otherwise;
-}
 std::size_t memory_size() { return environment_or("VMSTATE_BENCH_MIB", 1536) << 20; }
 
 struct way {
@@ -347,5 +343,3 @@ BENCHMARK_CAPTURE(throughput, unix/small_pages, way{false, backing::small_pages}
 BENCHMARK_CAPTURE(throughput, tcp/small_pages, way{true, backing::small_pages})->Iterations(rounds)->Unit(benchmark::kMillisecond);
 
 } // namespace
-
-

@@ -41,6 +41,11 @@ inline void expect(bool fine, const char* what) {
     if (!fine) give_up(what);
 }
 
+/// A number from the environment.
+inline std::size_t environment_or(const char* name, std::size_t otherwise) {
+    const char* const text = std::getenv(name);
+    return text != nullptr ? std::max<std::size_t>(1, std::strtoul(text, nullptr, 10)) : otherwise;
+}
 /// Of one clock for all processes.
 inline double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
