@@ -79,9 +79,9 @@ private:
         set_window(buffer_.get(), buffer_.get(), buffer_.get() + size_, offset() + block.size());
     }
 
-    /// Pairs of something buffered and something by reference; at the end something buffered and a large block. No more
-    /// than the system takes in one call (IOV_MAX).
-    static constexpr std::size_t max_parts = 2 * 511;
+    /// Pairs of something buffered and something by reference; at the end something buffered and a large block. More than
+    /// half a MiB in one call has left the processor's cache when the peer reads it.
+    static constexpr std::size_t max_parts = 2 * 128;
 
     output_channel& channel_;
     std::size_t size_;
