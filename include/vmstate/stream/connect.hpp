@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // Connects to a `tcp:` or `unix:` URI, by Boost.Asio; the channel that comes out needs no Asio. Depends on
-// socket_channel.hpp and endpoints.hpp.
+// socket_channel.hpp, connector.hpp and endpoints.hpp.
 #pragma once
 
 #include <sys/socket.h>
@@ -20,18 +20,15 @@
 #include <utility>
 #include <variant>
 
+#include <vmstate/stream/connector.hpp>
 #include <vmstate/stream/endpoints.hpp>
 #include <vmstate/stream/socket_channel.hpp>
 
 namespace vmstate {
 
-struct connect_options {
-    /// The longest that connecting may take, all addresses of a name together; 0 is as long as the system tries (for TCP
-    /// to a silent host, two minutes). It doesn't bound the resolver, and is not the channel's timeout afterwards.
-    std::chrono::milliseconds timeout{0};
-    /// Lets another thread end a connect that waits.
-    std::stop_token stop{};
-};
+/// `timeout` is of connecting alone, all addresses of a name together; 0 is as long as the system tries (for TCP to a
+/// silent host, two minutes). It doesn't bound the resolver, and is not the channel's timeout afterwards.
+using connect_options = opening_options;
 
 namespace detail {
 
