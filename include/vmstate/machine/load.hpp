@@ -59,6 +59,8 @@ struct load_options {
     std::uint64_t ram_limit = std::uint64_t{64} << 30;
     /// Who answers a source that is there; null for a stream that was recorded.
     command_listener* commands = nullptr;
+    /// Who has the multifd channels that belong to the stream; null for none.
+    ram_sync_listener* ram_sync = nullptr;
 };
 
 /// Loads one stream; see `load`.
@@ -270,7 +272,7 @@ private:
         if (version_id != ram_section::version_id)
             return error(errc::version_too_old, "version " + std::to_string(ram_section::version_id),
                 std::to_string(version_id));
-        return ram.load(*in_, {advised_page_sizes_, options_.carry_unknown, options_.ram_limit});
+        return ram.load(*in_, {advised_page_sizes_, options_.carry_unknown, options_.ram_limit, options_.ram_sync});
     }
     result<void> load_footer(std::uint32_t section_id) {
         if (!machine_.options().send_section_footer) return {};

@@ -25,6 +25,21 @@
 
 namespace vmstate {
 
+/// Hears the points of the main stream up to which multifd channels have to have brought their pages, see
+/// `load_options::ram_sync`. A failure ends the load.
+class ram_sync_listener {
+public:
+    ram_sync_listener() = default;
+    ram_sync_listener(const ram_sync_listener&) = delete;
+    ram_sync_listener& operator=(const ram_sync_listener&) = delete;
+    virtual ~ram_sync_listener() = default;
+
+    /// EOS: the end of a section's body. A sync point in QEMU up to 8.0.
+    virtual result<void> end_of_section() = 0;
+    /// MULTIFD_FLUSH.
+    virtual result<void> multifd_flush() = 0;
+};
+
 /// All RAM blocks of a machine, and the body of the section that carries them.
 class ram_section {
 public:
@@ -63,8 +78,8 @@ public:
 
     // ---- saving: one START, one PART with all pages, one END
 
-    /// The body of START: the list of blocks.
-    void save_setup(writer& out, const machine_options& machine) {
+    /// The body of START: the list of blocks, and with `multifd_flush` the first sync point.
+    void save_setup(writer& out, const machine_options& machine, bool multifd_flush = false) {
         ignore_shared_ = machine.has_capability("x-ignore-shared");
         sent_block_ = nullptr;
         std::uint64_t total = 0;
@@ -75,6 +90,7 @@ public:
             out.put_be64(block->used_length);
             if (ignore_shared_) out.put_be64(block->options.guest_address);
         }
+        if (multifd_flush) out.put_be64(ram_flag::multifd_flush);
         out.put_be64(ram_flag::eos);
     }
     /// The body of PART: every page once.
@@ -105,6 +121,7 @@ public:
         std::uint64_t advised_page_sizes = 0; ///< of POSTCOPY_ADVISE, 0 without one
         bool adopt_unknown = false;           ///< blocks that nobody registered get memory here
         std::uint64_t adopt_limit = 0;        ///< bytes of such memory, all blocks together
+        ram_sync_listener* sync = nullptr;    ///< who has multifd channels; null for none
     };
 
     /// Before a stream begins: forgets which block the last page belonged to, and the blocks of an earlier stream.
@@ -123,10 +140,15 @@ public:
     result<void> load(reader& in, const load_rules& rules) {
         ram_record record;
         while (records_.next(in, record)) {
-            if (record.kind == ram_record_kind::end_of_section) return {};
+            if (record.kind == ram_record_kind::end_of_section)
+                return rules.sync != nullptr ? rules.sync->end_of_section() : result<void>();
             // Without multifd channels there is nothing to wait for. It doesn't tell that there were any: QEMU 8.1 sends
             // it without multifd, too, and up to 8.0 multifd goes without it.
-            if (record.kind == ram_record_kind::multifd_flush) continue;
+            if (record.kind == ram_record_kind::multifd_flush) {
+                if (rules.sync == nullptr) continue;
+                if (result<void> there = rules.sync->multifd_flush(); !there) return there;
+                continue;
+            }
             result<void> done = record.kind == ram_record_kind::block_list
                                     ? load_block_list(in, record, rules)
                                     : load_page(in, record);

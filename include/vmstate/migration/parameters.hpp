@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// What can be set on a migration: QEMU's parameters and capabilities, under their names. Depends on the standard
-// library alone.
+// What can be set on a migration: QEMU's parameters and capabilities, under their names. Depends on
+// ram/multifd_compression.hpp.
 #pragma once
 
 #include <chrono>
 #include <cstdint>
+#include <string>
+
+#include <vmstate/ram/multifd_compression.hpp>
 
 namespace vmstate::migration {
 
@@ -39,9 +42,30 @@ struct parameters {
     /// many bytes, a power of two (`xbzrle-cache-size`): for channels that are slower than a comparison.
     bool xbzrle = false;
     std::uint64_t xbzrle_cache_size = std::uint64_t{64} << 20;
+    /// Pages go over this many channels of their own, by a thread each (`multifd`, `multifd-channels`, 1 to 255), on both
+    /// sides alike. Needs a connector at the source and an acceptor at the destination, as `tcp:` and `unix:` have them;
+    /// not with `xbzrle`.
+    bool multifd = false;
+    unsigned multifd_channels = 2;
+    /// On both sides alike (`multifd-compression`): `multifd_zlib()` or `multifd_zstd()`, each from a header of its own.
+    vmstate::multifd_compression multifd_compression = {};
+    /// At the source: what a QEMU up to 8.0 at the other end expects, and a newer one with a machine type of those
+    /// (QEMU's property `multifd-flush-after-each-section`). A destination of ours finds out by itself.
+    bool multifd_flush_after_each_section = false;
     /// The longest that a peer may take nothing and send nothing before it counts as gone; 0 waits forever. QEMU leaves
     /// this to TCP.
     std::chrono::milliseconds peer_timeout{60'000};
 };
+
+/// Whether they go together. `several_channels`: the peer can be reached more than once.
+inline result<void> check(const parameters& settings, bool several_channels) {
+    if (!settings.multifd) return {};
+    if (settings.xbzrle) return error(errc::invalid_argument, "multifd or xbzrle", "both");
+    if (settings.multifd_channels < 1 || settings.multifd_channels > 255)
+        return error(errc::invalid_argument, "1 to 255 multifd channels", std::to_string(settings.multifd_channels));
+    if (!several_channels)
+        return error(errc::invalid_argument, "tcp:, unix:, or a way to open more channels for multifd", "one channel");
+    return {};
+}
 
 } // namespace vmstate::migration

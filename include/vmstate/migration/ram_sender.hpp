@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // The memory of a live migration on its way out: which pages have still to go, in which order they go, and in which form.
-// It decides nothing about when; that is source.hpp. Depends on machine/, ram/, stream/, and on guest.hpp and
-// parameters.hpp.
+// It decides nothing about when; that is source.hpp. Depends on machine/, ram/, stream/, and on guest.hpp,
+// multifd_sender.hpp and parameters.hpp.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +17,7 @@
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/machine/save.hpp>
 #include <vmstate/migration/guest.hpp>
+#include <vmstate/migration/multifd_sender.hpp>
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/ram/page_bitmap.hpp>
 #include <vmstate/ram/page_writer.hpp>
@@ -67,10 +68,19 @@ public:
         dirty_pages_ = absent_pages_ = 0;
     }
 
+    /// From now on pages with content go over these channels, which outlive this. `after_each_section`: when the sync
+    /// points are, see `parameters::multifd_flush_after_each_section`.
+    void use(multifd_sender& multifd, bool after_each_section) noexcept {
+        multifd_ = &multifd;
+        after_each_section_ = after_each_section;
+    }
+
     /// START, with the list of blocks; nothing for a machine without RAM.
     void put_setup() {
         if (!begin_section(section_type::start)) return;
-        machine_.ram()->save_setup(out_, machine_.options());
+        // The channels wait for this section's end: before the list of blocks nothing may arrive.
+        sync_channels();
+        machine_.ram()->save_setup(out_, machine_.options(), multifd_ != nullptr && !after_each_section_);
         saver_.end_section(*entry_);
     }
     /// PART or END; false for a machine without RAM. `send` and `end_section` follow.
@@ -80,9 +90,17 @@ public:
                 if (entry->ram() != nullptr) entry_ = entry.get();
         if (entry_ == nullptr) return false;
         saver_.begin_section(type, *entry_);
+        type_ = type;
+        // A page that comes again must not overtake itself on another channel.
+        if (has_collected_ && multifd_ != nullptr && !after_each_section_) put_flush();
+        has_collected_ = false;
         return true;
     }
     void end_section() {
+        if (multifd_ != nullptr) {
+            if (after_each_section_) sync_channels();
+            else if (type_ == section_type::end) put_flush();
+        }
         pages_.put_end();
         saver_.end_section(*entry_);
     }
@@ -114,6 +132,7 @@ public:
     /// logs.
     result<std::uint64_t> collect(bool standing_still) {
         ++pass_;
+        has_collected_ = true;
         const std::uint64_t before = dirty_pages_;
         for (sent_block& one : blocks_) {
             if (one.log != nullptr) {
@@ -137,7 +156,12 @@ public:
     }
     /// 1 until the logs are asked for the first time.
     std::uint64_t pass() const noexcept { return pass_; }
-    const page_counts& counts() const noexcept { return pages_.counts(); }
+    page_counts counts() const noexcept {
+        page_counts all = pages_.counts();
+        all.normal += multifd_pages_;
+        all.normal_bytes += multifd_pages_ * page_size();
+        return all;
+    }
     /// Pages that were left out, since the destination has them as they are.
     std::uint64_t skipped() const noexcept { return skipped_; }
     xbzrle_counts cache_counts() const { return xbzrle_ ? xbzrle_->counts() : xbzrle_counts{}; }
@@ -216,11 +240,24 @@ private:
         if (is_zero_page(bytes)) {
             pages_.put_zero(*one.block, offset);
             if (xbzrle_) xbzrle_->sent_zero(one.address + offset, pass_);
+        } else if (multifd_ != nullptr) {
+            ++multifd_pages_;
+            if (result<void> put = multifd_->put_page(*one.block, offset); !put) out_.fail(put.error());
         } else if (xbzrle_ && pass_ != 1) { // in the first pass there is nothing yet that a page could differ from
             send_difference(one, offset, bytes);
         } else {
             pages_.put_page(*one.block, offset, bytes);
         }
+    }
+    void sync_channels() {
+        if (multifd_ == nullptr || out_.failed()) return;
+        if (result<void> synced = multifd_->sync(); !synced) out_.fail(synced.error());
+    }
+    /// A sync point. It leaves at once: until it arrives the destination's channels take nothing more.
+    void put_flush() {
+        sync_channels();
+        out_.put_be64(ram_flag::multifd_flush);
+        static_cast<void>(out_.flush()); // what goes wrong shows at the writer
     }
     void send_difference(const sent_block& one, std::uint64_t offset, std::span<const std::byte> bytes) {
         const xbzrle_page how = xbzrle_->encode(one.address + offset, bytes, pass_);
@@ -241,6 +278,12 @@ private:
     page_writer pages_;
     const section* entry_ = nullptr; ///< the machine's RAM
     std::optional<xbzrle_encoder> xbzrle_;
+
+    multifd_sender* multifd_ = nullptr; ///< null without
+    bool after_each_section_ = false;
+    bool has_collected_ = false;            ///< since the last section
+    section_type type_ = section_type::end; ///< of the section that was begun
+    std::uint64_t multifd_pages_ = 0;
 
     std::vector<sent_block> blocks_;
     std::uint64_t dirty_pages_ = 0; ///< of all blocks

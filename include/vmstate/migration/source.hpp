@@ -20,10 +20,12 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <stop_token>
 #include <string>
 #include <string_view>
 #include <thread>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <vmstate/machine/machine.hpp>
@@ -31,11 +33,13 @@
 #include <vmstate/migration/bandwidth.hpp>
 #include <vmstate/migration/guest.hpp>
 #include <vmstate/migration/monitor.hpp>
+#include <vmstate/migration/multifd_sender.hpp>
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/ram_sender.hpp>
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/buffered_writer.hpp>
+#include <vmstate/stream/connector.hpp>
 #include <vmstate/stream/open.hpp>
 
 namespace vmstate::migration {
@@ -58,15 +62,26 @@ public:
     /// Begins to migrate to a URI (`tcp:`, `unix:`, `exec:`, `fd:`, `file:`) in a thread of its own. Fails at once only
     /// where a migration is running already, or the machine can't be migrated.
     result<void> start(std::string_view uri) {
-        return start_thread([where = std::string(uri)]() -> result<std::unique_ptr<output_channel>> {
-            return open_output(where);
-        });
+        const result<vmstate::uri> where = parse_uri(uri);
+        if (where && (std::holds_alternative<tcp_uri>(*where) || std::holds_alternative<unix_uri>(*where)))
+            return start_thread(connector_to(std::string(uri)), true);
+        return start_thread(
+            [text = std::string(uri)](const opening_options&) -> result<std::unique_ptr<output_channel>> {
+                return open_output(text);
+            },
+            false);
     }
     /// The same over a channel of the user's.
     result<void> start(std::unique_ptr<output_channel> channel) {
         if (!channel) return error(errc::invalid_argument, "a channel", "none");
         auto held = std::make_shared<std::unique_ptr<output_channel>>(std::move(channel));
-        return start_thread([held]() -> result<std::unique_ptr<output_channel>> { return std::move(*held); });
+        return start_thread(
+            [held](const opening_options&) -> result<std::unique_ptr<output_channel>> { return std::move(*held); }, false);
+    }
+    /// The same over as many channels as the migration needs (`multifd`): the first that `connect` gives is the main one.
+    result<void> start(channel_connector connect) {
+        if (!connect) return error(errc::invalid_argument, "a connector", "none");
+        return start_thread(std::move(connect), true);
     }
 
     /// Waits for the end of the migration: success, or why not.
@@ -84,8 +99,11 @@ public:
     /// has loaded everything.
     void cancel() {
         if (!monitor_.enter(state::cancelling)) return;
-        const std::lock_guard lock(channel_mutex_);
-        if (channel_ != nullptr) channel_->shutdown();
+        {
+            const std::lock_guard lock(channel_mutex_);
+            connecting_.request_stop();
+        }
+        shut_down_channels();
     }
     /// Goes on from `pre-switchover` (QEMU: migrate-continue).
     result<void> resume() {
@@ -119,19 +137,31 @@ private:
         buffered_writer out;
         stream_saver saver;
         ram_sender ram;
+        std::unique_ptr<multifd_sender> multifd; ///< null without
+
+        /// Bytes on all channels.
+        std::uint64_t sent() const { return out.offset() + (multifd ? multifd->bytes() : 0); }
     };
 
     bool is_running() const {
         const state at = monitor_.now();
         return at != state::none && !is_final(at);
     }
-    template <class Open>
-    result<void> start_thread(Open open) {
+    static channel_connector connector_to(std::string uri) {
+        return [where = std::move(uri)](const opening_options& options) -> result<std::unique_ptr<output_channel>> {
+            result<std::unique_ptr<duplex_channel>> connected = connect(where, options);
+            if (!connected) return connected.error();
+            return std::unique_ptr<output_channel>(std::move(*connected));
+        };
+    }
+    result<void> start_thread(channel_connector connect, bool several_channels) {
         if (result<void> fit = machine_.check(); !fit) return fit;
+        if (result<void> fit = check(parameters(), several_channels); !fit) return fit;
         if (is_running()) return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
         join();
         may_switch_.store(false);
         peer_has_spoken_.store(false);
+        peer_has_refused_.store(false);
         answer_ = {};
         zero_blocks_.clear();
         zero_blocks_told_ = switchover_acked_ = false;
@@ -139,7 +169,12 @@ private:
         outrun_ = throttled_ = 0;
         stopped_at_.reset();
         monitor_.enter(state::setup);
-        migration_thread_ = std::thread([this, open = std::move(open)] { run(open); });
+        {
+            const std::lock_guard lock(channel_mutex_);
+            connecting_ = std::stop_source();
+            if (monitor_.now() == state::cancelling) connecting_.request_stop(); // of the one before
+        }
+        migration_thread_ = std::thread([this, connect = std::move(connect)] { run(connect); });
         return {};
     }
     void join() {
@@ -148,11 +183,11 @@ private:
 
     // ---- the migration thread: owns the stream, meter_, and what counts passes and slows the guest down
 
-    template <class Open>
-    void run(const Open& open) {
+    void run(const channel_connector& connect) {
         std::unique_ptr<output_channel> channel;
         result<void> done = [&]() -> result<void> {
-            result<std::unique_ptr<output_channel>> opened = open();
+            result<std::unique_ptr<output_channel>> opened = connect({{}, stop_token()});
+            if (opened && !*opened) opened = error(errc::invalid_argument, "a channel", "none");
             if (!opened) return opened.error().within("setup");
             channel = std::move(*opened);
             {
@@ -160,7 +195,7 @@ private:
                 channel_ = channel.get();
             }
             if (monitor_.now() == state::cancelling) return error(errc::io, {}, "cancelled");
-            return migrate(*channel);
+            return migrate(*channel, connect);
         }();
         if (!done) prefer_answer(done);
         if (throttled_ != 0) set_throttle(0);
@@ -185,9 +220,14 @@ private:
         if (!monitor_.wait_until(clock::now() + std::chrono::milliseconds(100), has_spoken)) return;
         const std::lock_guard lock(answer_mutex_);
         if (answer_) return;
-        const std::string stage(done.error().path().substr(0, done.error().path().find('/')));
+        const error of_channels = done.error();
+        std::string_view where = of_channels.path();
+        // Of a multifd channel that breaks it is told by its name, unless the destination has broken it off.
+        const bool of_channel = where.find("multifd channel") != std::string_view::npos;
+        if (of_channel && !peer_has_refused_.load()) return;
+        if (!of_channel) where = where.substr(0, where.find('/'));
         error answer = answer_.error();
-        done = answer.within(stage);
+        done = answer.within(where);
     }
     void finish(const result<void>& done) {
         if (done) {
@@ -206,21 +246,61 @@ private:
         monitor_.enter(cancelled ? state::cancelled : state::failed);
     }
 
-    result<void> migrate(output_channel& channel) {
+    result<void> migrate(output_channel& channel, const channel_connector& connect) {
         const migration::parameters settings = parameters();
         if (settings.peer_timeout.count() != 0) channel.set_timeout(settings.peer_timeout);
         outgoing stream(machine_, guest_, channel);
-        if (result<void> done = setup(channel, stream, settings); !done) return std::move(done.error()).within("setup");
+        if (settings.multifd) {
+            stream.multifd = std::make_unique<multifd_sender>(
+                stream.ram.page_size(), settings.multifd_compression, [this] { give_up_multifd(); });
+            stream.ram.use(*stream.multifd, settings.multifd_flush_after_each_section);
+            const std::lock_guard lock(channel_mutex_);
+            multifd_ = stream.multifd.get();
+        }
+        result<void> done = migrate_over(stream, channel, connect, settings);
+        if (!stream.multifd) return done;
+        {
+            const std::lock_guard lock(channel_mutex_);
+            multifd_ = nullptr;
+        }
+        // The main channel's error may be but a consequence.
+        if (error failure = stream.multifd->failure(); !done && failure) return failure.within(to_string(monitor_.now()));
+        if (done) stream.multifd->finish();
+        return done;
+    }
+    result<void> migrate_over(
+        outgoing& stream, output_channel& channel, const channel_connector& connect, const migration::parameters& settings) {
+        if (result<void> done = setup(channel, stream, connect, settings); !done) return std::move(done.error()).within("setup");
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
         if (result<void> done = precopy(stream); !done) return std::move(done.error()).within("active");
         if (result<void> done = switch_over(stream); !done)
             return std::move(done.error()).within(to_string(monitor_.now()));
         return await_return_path(settings);
     }
+    /// What breaks there may leave the destination waiting, and with it whoever writes the main channel. First it may say
+    /// whether it was the destination that has given up.
+    void give_up_multifd() {
+        if (has_return_path())
+            monitor_.wait_until(clock::now() + std::chrono::milliseconds(100), [&](const migration::status& at) {
+                return at.state == state::cancelling || peer_has_spoken_.load();
+            });
+        shut_down_channels();
+    }
+    /// From any thread: whoever reads or writes one of them goes on, with an error.
+    void shut_down_channels() {
+        const std::lock_guard lock(channel_mutex_);
+        if (channel_ != nullptr) channel_->shutdown();
+        if (multifd_ != nullptr) multifd_->shutdown();
+    }
+    std::stop_token stop_token() const {
+        const std::lock_guard lock(channel_mutex_);
+        return connecting_.get_token();
+    }
 
     // ---- setup
 
-    result<void> setup(output_channel& channel, outgoing& stream, const migration::parameters& settings) {
+    result<void> setup(
+        output_channel& channel, outgoing& stream, const channel_connector& connect, const migration::parameters& settings) {
         if (result<void> done = stream.saver.save_header(); !done) return done;
         if (settings.return_path) {
             result<std::unique_ptr<duplex_channel>> back = channel.get_return_path();
@@ -229,7 +309,7 @@ private:
                 // While memory goes over, the destination has nothing to say for as long as it takes.
                 way_back_->set_timeout(std::chrono::milliseconds(0));
                 stream.saver.put_command(command::open_return_path);
-                return_path_thread_ = std::thread([this, &channel] { read_return_path(channel); });
+                return_path_thread_ = std::thread([this] { read_return_path(); });
                 ping(stream.saver, 1);
             } else if (!(back.error() == errc::unsupported)) {
                 return back.error();
@@ -237,6 +317,8 @@ private:
         }
         if (settings.switchover_ack && !has_return_path())
             return error(errc::invalid_argument, "a return path for switchover-ack", "none");
+        if (settings.multifd)
+            if (result<void> started = start_multifd(stream, connect, settings); !started) return started;
         if (result<void> started = stream.ram.start(settings); !started) return started;
         stream.ram.put_setup();
         // Behind the list of blocks: the answers are by their number in it.
@@ -250,6 +332,15 @@ private:
         last_sync_ = clock::now();
         return {};
     }
+    /// The main channel shows itself first: a QEMU 7.2 may take the channel that came first for it.
+    result<void> start_multifd(outgoing& stream, const channel_connector& connect, const migration::parameters& settings) {
+        if (result<void> sent = stream.out.flush(); !sent) return sent;
+        const auto open = [&]() -> result<std::unique_ptr<output_channel>> {
+            return connect({settings.peer_timeout, stop_token()});
+        };
+        return stream.multifd->start(
+            settings.multifd_channels, machine_.options().uuid.value_or(std::array<std::uint8_t, 16>{}), open, settings.peer_timeout);
+    }
     bool has_return_path() const { return way_back_ != nullptr; }
     static void ping(stream_saver& saver, std::uint32_t value) {
         std::array<std::byte, 4> payload;
@@ -260,16 +351,16 @@ private:
     // ---- the guest runs
 
     result<void> precopy(outgoing& stream) {
-        meter_.start(stream.out.offset());
+        meter_.start(stream.sent());
         for (;;) {
             if (result<void> fine = check_peer(); !fine) return fine;
             const migration::parameters settings = parameters();
             const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
-            if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream.out, settings)) {
+            if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream, settings)) {
                 leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
                 // Only now ask the logs: each time costs the guest.
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
-                if (stream.ram.remaining_on_wire() <= affordable(stream.out, settings)) return {};
+                if (stream.ram.remaining_on_wire() <= affordable(stream, settings)) return {};
             }
             if (stream.ram.remaining() != 0) {
                 if (result<void> sent = send_part(stream, settings); !sent) return sent;
@@ -282,15 +373,15 @@ private:
         }
     }
     /// What could be sent in the time that the guest may stand still.
-    std::uint64_t affordable(const buffered_writer& out, const migration::parameters& settings) const {
-        double per_second = meter_.rate(out.offset());
+    std::uint64_t affordable(const outgoing& stream, const migration::parameters& settings) const {
+        double per_second = meter_.rate(stream.sent());
         if (settings.max_bandwidth != 0) per_second = std::min(per_second, static_cast<double>(settings.max_bandwidth));
         if (settings.avail_switchover_bandwidth != 0) per_second = static_cast<double>(settings.avail_switchover_bandwidth);
         return static_cast<std::uint64_t>(per_second * std::chrono::duration<double>(settings.downtime_limit).count());
     }
     /// One PART: as much as goes out in 50 ms, or as the bandwidth allows in this window.
     result<void> send_part(outgoing& stream, const migration::parameters& settings) {
-        if (meter_.is_spent(stream.out.offset(), settings.max_bandwidth)) {
+        if (meter_.is_spent(stream.sent(), settings.max_bandwidth)) {
             sleep_until_window_ends(false);
             return {};
         }
@@ -300,7 +391,7 @@ private:
         const clock::time_point enough = clock::now() + std::chrono::milliseconds(50);
         stream.ram.begin_section(section_type::part);
         while (stream.ram.send(64) && stream.ram.has_dirty() == dirty && clock::now() < enough &&
-               !meter_.is_spent(stream.out.offset(), settings.max_bandwidth)) {
+               !meter_.is_spent(stream.sent(), settings.max_bandwidth)) {
         }
         stream.ram.end_section();
         return stream.out.flush();
@@ -323,10 +414,9 @@ private:
         });
     }
     void account(outgoing& stream) {
-        const std::uint64_t transferred = stream.out.offset();
-        const bool window_over = meter_.update(transferred);
+        const bool window_over = meter_.update(stream.sent());
         if (!window_over) return;
-        const page_counts& counts = stream.ram.counts();
+        const page_counts counts = stream.ram.counts();
         monitor_.update([&](migration::status& at) {
             count_pages(at, stream);
             at.ram.mbps = meter_.rate() * 8 / 1e6;
@@ -339,8 +429,9 @@ private:
         pages_before_window_ = counts.normal + counts.duplicate;
     }
     void count_pages(migration::status& at, const outgoing& stream) const {
-        const page_counts& counts = stream.ram.counts();
-        at.ram.transferred = stream.out.offset();
+        const page_counts counts = stream.ram.counts();
+        at.ram.transferred = stream.sent();
+        at.ram.multifd_bytes = stream.multifd ? stream.multifd->bytes() : 0;
         at.ram.remaining = stream.ram.remaining();
         at.ram.duplicate = counts.duplicate;
         at.ram.skipped = stream.ram.skipped();
@@ -401,7 +492,7 @@ private:
             if (result<void> fine = check_peer(); !fine) return fine;
         }
         if (!monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
-        monitor_.update([&](migration::status& at) { at.ram.precopy_bytes = stream.out.offset(); });
+        monitor_.update([&](migration::status& at) { at.ram.precopy_bytes = stream.sent(); });
         if (result<void> read = read_logs(stream, true, settings); !read) return read;
         if (stream.ram.begin_section(section_type::end)) {
             while (stream.ram.send(256)) {
@@ -437,7 +528,7 @@ private:
 
     // ---- the return-path thread: owns way_back_
 
-    void read_return_path(output_channel& channel) {
+    void read_return_path() {
         const result<void> answer = listen_to_peer();
         {
             const std::lock_guard lock(answer_mutex_);
@@ -445,7 +536,7 @@ private:
         }
         peer_has_spoken_.store(true);
         // A destination that has given up reads no more: don't wait for it to.
-        if (!answer) channel.shutdown();
+        if (!answer) shut_down_channels();
         monitor_.wake();
     }
     /// Until the last message: whether it said that all was loaded.
@@ -462,6 +553,7 @@ private:
                 break;
             case return_message::shut:
                 if (message.value() == 0) return {};
+                peer_has_refused_.store(true);
                 return error(errc::io, {}, "the destination could not load the stream").within("return path");
             default:
                 return error(errc::bad_command, "a message of precopy", std::to_string(static_cast<unsigned>(message.type)))
@@ -498,12 +590,15 @@ private:
     std::thread migration_thread_;
     std::atomic<bool> may_switch_ = false;
 
-    std::mutex channel_mutex_; ///< channel_
+    mutable std::mutex channel_mutex_; ///< channel_, multifd_, connecting_
     output_channel* channel_ = nullptr;
+    multifd_sender* multifd_ = nullptr;
+    std::stop_source connecting_;
 
     std::thread return_path_thread_;
     std::unique_ptr<duplex_channel> way_back_;
     std::atomic<bool> peer_has_spoken_ = false;
+    std::atomic<bool> peer_has_refused_ = false; ///< with its last word
     std::atomic<bool> switchover_acked_ = false;
     std::atomic<bool> zero_blocks_told_ = false;
     std::mutex answer_mutex_; ///< answer_, zero_blocks_

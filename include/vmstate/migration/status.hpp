@@ -22,6 +22,7 @@ struct ram_status {
     std::uint64_t skipped = 0;     ///< zero pages not sent, since they are zero at the destination, too
     std::uint64_t normal = 0;      ///< pages sent whole
     std::uint64_t normal_bytes = 0;
+    std::uint64_t multifd_bytes = 0;  ///< of `transferred`, on multifd channels
     std::uint64_t precopy_bytes = 0;  ///< while the guest ran
     std::uint64_t downtime_bytes = 0; ///< while it stood still
     std::uint64_t dirty_pages_rate = 0; ///< pages per second that the guest wrote, between the last two passes

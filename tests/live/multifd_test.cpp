@@ -1,0 +1,442 @@
+// SPDX-License-Identifier: BSL-1.0
+// multifd between two machines of ours in one process: what arrives is what was there when the guest stopped, however many
+// channels there are and whichever way their pages are compressed; and whichever channel breaks, wherever, the source's
+// guest runs on, and no thread is left behind.
+#include <dirent.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <stop_token>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <vmstate/migration/destination.hpp>
+#include <vmstate/migration/source.hpp>
+#include <vmstate/ram/multifd_zlib.hpp>
+#include <vmstate/ram/multifd_zstd.hpp>
+#include <vmstate/stream/connector.hpp>
+#include <vmstate/stream/socket_channel.hpp>
+
+#include "live/breakable_channel.hpp"
+#include "live/small_machine.hpp"
+
+using namespace vmstate;
+using namespace vmstate::tests;
+using namespace std::chrono_literals;
+
+namespace {
+
+template <class T>
+std::string message_of(const result<T>& outcome) {
+    return outcome ? "" : outcome.error().message();
+}
+bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+std::size_t threads() {
+    std::size_t count = 0;
+    DIR* const tasks = ::opendir("/proc/self/task");
+    REQUIRE(tasks != nullptr);
+    while (const dirent* const entry = ::readdir(tasks)) count += entry->d_name[0] != '.';
+    ::closedir(tasks);
+    return count;
+}
+
+/// Pairs of sockets: whoever connects gets one end, whoever accepts gets the other.
+class switchboard {
+public:
+    /// The channel of that number, from 0 on, carries so many bytes of the source's, all the others all.
+    void break_channel(std::size_t number, std::size_t bytes) {
+        broken_ = number;
+        bytes_ = bytes;
+    }
+    /// The channels arrive at the destination in another order.
+    void reverse_after(std::size_t count) { reversed_ = count; }
+    /// No more than so many come about.
+    void limit(std::size_t count) { most_ = count; }
+
+    channel_connector connector() {
+        return [this](const opening_options&) -> result<std::unique_ptr<output_channel>> {
+            const std::lock_guard lock(waiting_mutex_);
+            if (opened_ >= most_) return error(errc::io, {}, "nobody there");
+            int ends[2];
+            if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return error(errc::io, {}, "socketpair");
+            auto left = std::make_shared<carried_bytes>();
+            if (opened_ == broken_) left->written = bytes_;
+            carried_.push_back(left);
+            ++opened_;
+            waiting_.push_back(std::make_unique<socket_channel>(unique_fd(ends[1])));
+            if (reversed_ != 0 && waiting_.size() == reversed_) {
+                std::reverse(waiting_.begin(), waiting_.end());
+                reversed_ = 0;
+            }
+            arrived_.notify_all();
+            return std::unique_ptr<output_channel>(
+                std::make_unique<breakable_channel>(std::make_unique<socket_channel>(unique_fd(ends[0])), std::move(left)));
+        };
+    }
+    channel_acceptor acceptor() {
+        return [this](const opening_options& options) -> result<std::unique_ptr<input_channel>> {
+            const std::stop_callback wake(options.stop, [this] {
+                { const std::lock_guard lock(waiting_mutex_); }
+                arrived_.notify_all();
+            });
+            std::unique_lock lock(waiting_mutex_);
+            const auto ready = [&] { return options.stop.stop_requested() || (!waiting_.empty() && reversed_ == 0); };
+            if (options.timeout == 0ms) arrived_.wait(lock, ready);
+            else if (!arrived_.wait_for(lock, options.timeout, ready)) return error(errc::io, {}, "timed out");
+            if (waiting_.empty()) return error(errc::io, {}, "cancelled");
+            std::unique_ptr<duplex_channel> next = std::move(waiting_.front());
+            waiting_.pop_front();
+            return std::unique_ptr<input_channel>(std::move(next));
+        };
+    }
+    /// The destination is gone: what waits for it is closed, and nobody connects any more.
+    void hang_up() {
+        const std::lock_guard lock(waiting_mutex_);
+        waiting_.clear();
+        most_ = 0;
+    }
+    /// How many bytes the source has written to the channel of that number.
+    std::size_t written(std::size_t number) const { return carried_bytes::all - carried_.at(number)->written; }
+
+private:
+    std::mutex waiting_mutex_;
+    std::condition_variable arrived_;
+    std::deque<std::unique_ptr<duplex_channel>> waiting_;
+    std::vector<std::shared_ptr<carried_bytes>> carried_;
+    std::size_t opened_ = 0;
+    std::size_t reversed_ = 0;
+    std::size_t most_ = ~std::size_t{0};
+    std::size_t broken_ = ~std::size_t{0};
+    std::size_t bytes_ = 0;
+};
+
+struct outcome {
+    result<void> left = error(errc::io);
+    result<void> arrived = error(errc::io);
+    migration::status source;
+    migration::status destination;
+};
+outcome migrate(small_machine& from, small_machine& to, switchboard& channels, const migration::parameters& here,
+    const migration::parameters& there, bool give_up = false) {
+    outcome seen;
+    migration::destination destination(to.state, to.control, there);
+    std::thread receiving([&] { seen.arrived = destination.run(channels.acceptor()); });
+    migration::source source(from.state, from.control, here);
+    const result<void> started = source.start(channels.connector());
+    seen.left = started ? source.wait() : started;
+    if (!started || (give_up && !seen.left)) {
+        while (destination.status().state == migration::state::none) std::this_thread::yield(); // nothing to cancel yet
+        destination.cancel();
+    }
+    receiving.join();
+    seen.source = source.status();
+    seen.destination = destination.status();
+    return seen;
+}
+
+multifd_compression compression_by(const std::string& name) {
+    return name == "zlib" ? multifd_zlib() : name == "zstd" ? multifd_zstd() : multifd_compression{};
+}
+
+} // namespace
+
+TEST_CASE("a running guest arrives over several channels as it was when it stopped") {
+    const unsigned channels = GENERATE(1u, 2u, 4u);
+    const std::string compression = GENERATE("none", "zlib", "zstd");
+    const bool each_section = GENERATE(false, true);
+    CAPTURE(channels, compression, each_section);
+    small_machine from(2048);
+    small_machine to(2048);
+    fill(from);
+    from.start();
+    switchboard lines;
+    if (each_section) lines.reverse_after(channels + 1);
+    const migration::parameters there{.multifd = true, .multifd_channels = channels, .multifd_compression = compression_by(compression)};
+    migration::parameters here = there;
+    here.downtime_limit = 100ms;
+    here.multifd_flush_after_each_section = each_section;
+    const outcome seen = migrate(from, to, lines, here, there);
+    to.stop();
+    REQUIRE(message_of(seen.left) == "");
+    REQUIRE(message_of(seen.arrived) == "");
+    CHECK_FALSE(from.runs());
+    CHECK(to.starts == 1);
+
+    CHECK(seen.source.ram.multifd_bytes > 0);
+    CHECK(seen.source.ram.multifd_bytes == seen.destination.ram.multifd_bytes);
+    CHECK(seen.source.ram.transferred == seen.destination.ram.transferred);
+    CHECK(seen.source.ram.transferred == seen.source.ram.precopy_bytes + seen.source.ram.downtime_bytes);
+    if (compression == "none") CHECK(seen.source.ram.multifd_bytes > seen.source.ram.normal_bytes);
+    else CHECK(seen.source.ram.multifd_bytes < seen.source.ram.normal_bytes);
+    // All of the pages went over them: the main channel has records of zero pages at most.
+    CHECK(seen.source.ram.transferred - seen.source.ram.multifd_bytes < 64 * page + 16 * seen.source.ram.duplicate);
+    std::size_t multifd = 0;
+    for (unsigned number = 1; number <= channels; ++number) {
+        CHECK(lines.written(number) > 64);
+        multifd += lines.written(number) - 64;
+    }
+    CHECK(multifd == seen.source.ram.multifd_bytes);
+
+    const std::size_t written = from.memory().size() / 8;
+    CHECK(std::memcmp(from.memory().data() + written, to.memory().data() + written, from.memory().size() - written) == 0);
+    for (std::size_t at = 0; at != written; at += page) {
+        std::uint64_t before = 0, after = 0, end = 0;
+        std::memcpy(&before, from.memory().data() + at, 8);
+        std::memcpy(&after, to.memory().data() + at, 8);
+        std::memcpy(&end, to.memory().data() + at + page - 8, 8);
+        if (after < before || after != end) FAIL("page " << at / page << " is stale or torn: " << before << ", " << after << ", " << end);
+    }
+}
+
+namespace {
+
+/// As a vCPU does, of which a sanitizer sees nothing either.
+[[gnu::no_sanitize_thread, gnu::noinline]] void write_word(std::byte* at, std::uint64_t value) {
+    *reinterpret_cast<volatile std::uint64_t*>(at) = value;
+}
+
+} // namespace
+
+TEST_CASE("a page that is zero only later, and one that is zero no longer, arrive as they are") {
+    const bool each_section = GENERATE(false, true);
+    // Each page changes between zero and not in every pass, so that it goes over the main and over another channel in turn.
+    std::vector<std::byte> memory(64 * page), copy(64 * page, std::byte{0x55});
+    marked_log log(memory.size());
+    std::atomic<bool> runs = true;
+    machine from{{.name = "small"}}, to{{.name = "small"}};
+    from.add_ram("ram", std::span<std::byte>(memory));
+    to.add_ram("ram", std::span<std::byte>(copy));
+    std::thread vcpu([&] {
+        for (unsigned round = 0; runs.load(); ++round) {
+            for (std::size_t i = 0; i != 64 && runs.load(); ++i) {
+                write_word(memory.data() + i * page, (round + i) % 2 * 0x1234567);
+                log.mark(i * page, page);
+            }
+            std::this_thread::sleep_for(100us);
+        }
+    });
+    migration::guest source_guest, destination_guest;
+    source_guest.stop = [&]() -> result<void> {
+        runs = false;
+        vcpu.join();
+        return {};
+    };
+    source_guest.dirty_logs.emplace("ram", log);
+    switchboard lines;
+    const migration::parameters settings{
+        .downtime_limit = 0ms, .multifd = true, .multifd_channels = 2, .multifd_flush_after_each_section = each_section};
+    migration::destination destination(to, destination_guest, settings);
+    result<void> arrived;
+    std::thread receiving([&] { arrived = destination.run(lines.acceptor()); });
+    migration::source source(from, source_guest, settings);
+    REQUIRE(source.start(lines.connector()));
+    // With no downtime allowed it goes round and round.
+    while (source.status().ram.dirty_sync_count < 20 && !is_final(source.status().state)) std::this_thread::sleep_for(1ms);
+    migration::parameters enough = settings;
+    enough.downtime_limit = 10'000ms;
+    source.set_parameters(enough);
+    CHECK(message_of(source.wait()) == "");
+    receiving.join();
+    CHECK(message_of(arrived) == "");
+    if (vcpu.joinable()) {
+        runs = false;
+        vcpu.join();
+    }
+    CHECK(memory == copy);
+}
+
+TEST_CASE("whichever channel breaks, and wherever, the source's guest runs on and no thread is left") {
+    const std::string compression = GENERATE("none", "zstd");
+    small_machine from(192);
+    fill(from);
+    from.memory().back() = std::byte{1};
+    const std::vector<std::byte> before = from.memory();
+    migration::parameters settings{.downtime_limit = 1000ms, .multifd = true, .multifd_channels = 2,
+        .multifd_compression = compression_by(compression)};
+    // How much each carries when nothing breaks.
+    std::vector<std::size_t> whole;
+    {
+        small_machine to(192);
+        switchboard lines;
+        REQUIRE(message_of(migrate(from, to, lines, settings, settings).left) == "");
+        for (std::size_t number = 0; number != 3; ++number) whole.push_back(lines.written(number));
+    }
+    const std::size_t at_first = threads();
+    const std::size_t places = 20;
+    for (std::size_t number = 0; number != whole.size(); ++number) {
+        for (std::size_t place = 0; place != places; ++place) {
+            // Pages may be spread otherwise this time: what is surely there is the beginning.
+            const std::size_t bytes = number == 0 ? whole[0] * place / places : std::min<std::size_t>(whole[number], 64 + 1344) * place / places;
+            CAPTURE(number, bytes);
+            settings.multifd_flush_after_each_section = place % 2 == 0;
+            small_machine to(192);
+            switchboard lines;
+            lines.break_channel(number, bytes);
+            const int starts = from.starts, stops = from.stops;
+            const outcome seen = migrate(from, to, lines, settings, settings, true); // or it waits for the channels that don't come
+            REQUIRE(seen.left.has_error());
+            REQUIRE(seen.arrived.has_error());
+            REQUIRE(seen.source.state == migration::state::failed);
+            REQUIRE(from.starts - starts == from.stops - stops);
+            REQUIRE(to.starts == 0);
+            from.stop();
+            REQUIRE(std::memcmp(before.data() + before.size() / 8, from.memory().data() + before.size() / 8, before.size() * 7 / 8) == 0);
+        }
+    }
+    CHECK(threads() == at_first);
+}
+
+TEST_CASE("an error of a multifd channel names it") {
+    const bool return_path = GENERATE(false, true);
+    small_machine from(2048);
+    small_machine to(2048);
+    fill(from);
+    switchboard lines;
+    lines.break_channel(2, 64 + 100 * 1024);
+    const migration::parameters settings{.return_path = return_path, .multifd = true, .multifd_channels = 2};
+    const outcome seen = migrate(from, to, lines, settings, settings);
+    INFO(message_of(seen.left));
+    CHECK(has(message_of(seen.left), "active/multifd channel 1"));
+    // The destination may say first that it can't load that.
+    CHECK((has(message_of(seen.left), "broken") || (return_path && has(message_of(seen.left), "could not load the stream"))));
+    CHECK(seen.arrived.has_error());
+}
+
+TEST_CASE("channels that don't come, or come from a source that is configured otherwise, end the migration in time") {
+    small_machine from(256);
+    small_machine to(256);
+    fill(from);
+    const std::size_t at_first = threads();
+    migration::parameters here{.multifd = true, .multifd_channels = 2, .peer_timeout = 300ms};
+    migration::parameters there = here;
+    switchboard lines;
+    std::string expected_left, expected_arrived;
+    SECTION("none at all") {
+        here.multifd = false;
+        expected_arrived = "setup/channel 2 of 3";
+    }
+    SECTION("the second is refused") {
+        lines.limit(2);
+        expected_left = "setup/multifd channel 1: input/output error: nobody there";
+        expected_arrived = "setup/channel 3 of 3";
+    }
+    SECTION("more are expected") {
+        there.multifd_channels = 3;
+        expected_arrived = "setup/channel 4 of 4";
+    }
+    SECTION("another compression") {
+        here.multifd_compression = multifd_zlib();
+        expected_arrived = "ram: bad RAM record: expected pages compressed by none, found zlib";
+    }
+    SECTION("no compression where one is expected") {
+        there.multifd_compression = multifd_zstd();
+        expected_arrived = "ram: bad RAM record: expected pages compressed by zstd, found none";
+    }
+    const outcome seen = migrate(from, to, lines, here, there);
+    INFO(message_of(seen.left));
+    INFO(message_of(seen.arrived));
+    CHECK(seen.left.has_error());
+    CHECK(seen.arrived.has_error());
+    CHECK(has(message_of(seen.left), expected_left));
+    CHECK(has(message_of(seen.arrived), expected_arrived));
+    CHECK(to.starts == 0);
+    CHECK(from.stops == from.starts);
+    from.stop();
+    CHECK(threads() == at_first);
+}
+
+TEST_CASE("a source with more channels than expected is refused before a page is lost") {
+    small_machine from(256);
+    small_machine to(256);
+    fill(from);
+    migration::destination destination(to.state, to.control, {.multifd = true, .multifd_channels = 1});
+    REQUIRE(destination.listen("tcp:127.0.0.1:0"));
+    result<void> arrived;
+    std::thread receiving([&] { arrived = destination.run(); });
+    migration::source source(from.state, from.control, {.multifd = true, .multifd_channels = 2});
+    REQUIRE(source.start(destination.uri()));
+    CHECK(source.wait().has_error());
+    receiving.join();
+    INFO(message_of(arrived));
+    // Whichever of the two came first.
+    CHECK((has(message_of(arrived), "expected 2 channels, found more") || has(message_of(arrived), "expected multifd channels 0 to 0, found 1")));
+    CHECK(to.starts == 0);
+}
+
+TEST_CASE("what doesn't go together with multifd is refused at once") {
+    small_machine one(16);
+    channel_pair channels = make_pair();
+    migration::source source(one.state, one.control, {.multifd = true});
+    CHECK(source.start(std::unique_ptr<output_channel>(std::move(channels.one))).error() == errc::invalid_argument);
+    CHECK(source.start("exec:cat >/dev/null").error() == errc::invalid_argument);
+    source.set_parameters({.xbzrle = true, .multifd = true});
+    CHECK(source.start("tcp:127.0.0.1:1").error() == errc::invalid_argument);
+    source.set_parameters({.multifd = true, .multifd_channels = 0});
+    CHECK(source.start("tcp:127.0.0.1:1").error() == errc::invalid_argument);
+    migration::destination destination(one.state, one.control, {.multifd = true});
+    CHECK(destination.run(std::unique_ptr<input_channel>(std::move(channels.other))).error() == errc::invalid_argument);
+}
+
+TEST_CASE("a migration over several channels is cancelled at either side at any moment") {
+    const bool at_source = GENERATE(true, false);
+    CAPTURE(at_source);
+    small_machine from(2048);
+    small_machine to(2048);
+    fill(from);
+    from.start();
+    const std::size_t at_first = threads();
+    migration::parameters settings{.max_bandwidth = 1 << 20, .multifd = true, .multifd_channels = 2, .peer_timeout = {}};
+    for (int moment = 0; moment != 5; ++moment) {
+        switchboard lines;
+        migration::destination destination(to.state, to.control, settings);
+        migration::source source(from.state, from.control, settings);
+        result<void> arrived;
+        std::thread receiving([&] { arrived = destination.run(lines.acceptor()); });
+        if (moment != 0) REQUIRE(source.start(lines.connector()));
+        while (moment > 1 && source.status().ram.transferred == 0) std::this_thread::sleep_for(1ms);
+        if (moment > 2) std::this_thread::sleep_for(moment * 10ms);
+        while (destination.status().state == migration::state::none) std::this_thread::yield();
+        if (at_source) source.cancel();
+        // Of a source that was cancelled at once the destination may wait for the first channel.
+        if (!at_source || moment <= 1) destination.cancel();
+        receiving.join();
+        lines.hang_up();
+        CHECK(arrived.has_error());
+        if (moment != 0) CHECK(source.wait().has_error());
+        CHECK(from.runs());
+    }
+    CHECK(threads() == at_first);
+}
+
+TEST_CASE("multifd over sockets, by URI") {
+    const std::string uri = GENERATE("tcp:127.0.0.1:0", "tcp:[::1]:0");
+    small_machine from(512);
+    small_machine to(512);
+    fill(from);
+    const migration::parameters settings{.multifd = true, .multifd_channels = 3};
+    migration::destination destination(to.state, to.control, settings);
+    if (result<void> listening = destination.listen(uri); !listening) {
+        skip("can't listen at " + uri);
+        return;
+    }
+    result<void> arrived;
+    std::thread receiving([&] { arrived = destination.run(); });
+    migration::source source(from.state, from.control, settings);
+    REQUIRE(source.start(destination.uri()));
+    CHECK(message_of(source.wait()) == "");
+    receiving.join();
+    CHECK(message_of(arrived) == "");
+    to.stop();
+}
