@@ -9,6 +9,8 @@
 #include <vmstate/migrate.hpp>
 #include <vmstate/migration/destination.hpp>
 #include <vmstate/migration/source.hpp>
+#include <vmstate/ram/multifd_zlib.hpp>
+#include <vmstate/ram/multifd_zstd.hpp>
 #include <vmstate/stream/connect.hpp>
 #include <vmstate/stream/listener.hpp>
 #include <vmstate/stream/tls.hpp>
@@ -16,6 +18,7 @@
 #include <CLI/CLI.hpp>
 
 #include <cstddef>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -24,6 +27,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -86,24 +90,51 @@ struct tls_files {
     }
 };
 
-/// Waits for one peer; `said_where` is told the address.
-template <class Said>
-vmstate::result<std::unique_ptr<vmstate::duplex_channel>> accept_tls(const std::string& uri, const tls_files& tls, Said said_where) {
-    vmstate::result<vmstate::tls_credentials> credentials = tls.credentials(vmstate::tls_endpoint::server);
-    if (!credentials) return credentials.error();
-    vmstate::result<vmstate::socket_listener> listener = vmstate::socket_listener::listen(uri);
-    if (!listener) return listener.error();
-    said_where(listener->uri());
-    vmstate::result<std::unique_ptr<vmstate::duplex_channel>> accepted = listener->accept();
-    if (!accepted) return accepted;
-    return vmstate::tls_server(std::move(*accepted), *credentials);
+/// Each call waits for one more channel from the peer.
+vmstate::channel_acceptor accept_tls(vmstate::socket_listener& listener, const vmstate::tls_credentials& credentials) {
+    return [&](const vmstate::opening_options& options) -> vmstate::result<std::unique_ptr<vmstate::input_channel>> {
+        listener.set_timeout(options.timeout);
+        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> accepted = listener.accept();
+        if (!accepted) return accepted.error();
+        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> secure = vmstate::tls_server(std::move(*accepted), credentials);
+        if (!secure) return secure.error();
+        return std::unique_ptr<vmstate::input_channel>(std::move(*secure));
+    };
 }
-vmstate::result<std::unique_ptr<vmstate::duplex_channel>> connect_tls(const std::string& uri, const tls_files& tls) {
-    vmstate::result<vmstate::tls_credentials> credentials = tls.credentials(vmstate::tls_endpoint::client);
-    if (!credentials) return credentials.error();
-    vmstate::result<std::unique_ptr<vmstate::duplex_channel>> connected = vmstate::connect(uri);
-    if (!connected) return connected;
-    return vmstate::tls_client(std::move(*connected), *credentials, tls.hostname);
+vmstate::channel_connector connect_tls(const std::string& uri, const std::string& hostname, const vmstate::tls_credentials& credentials) {
+    return [=](const vmstate::opening_options& options) -> vmstate::result<std::unique_ptr<vmstate::output_channel>> {
+        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> connected = vmstate::connect(uri, options);
+        if (!connected) return connected.error();
+        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> secure =
+            vmstate::tls_client(std::move(*connected), credentials, hostname);
+        if (!secure) return secure.error();
+        return std::unique_ptr<vmstate::output_channel>(std::move(*secure));
+    };
+}
+
+/// multifd as the command line asks for it.
+struct multifd_options {
+    unsigned channels = 0;
+    std::string compression = "none";
+
+    void apply_to(vmstate::migration::parameters& parameters) const {
+        parameters.multifd = channels != 0;
+        parameters.multifd_channels = channels;
+        if (compression == "zlib") parameters.multifd_compression = vmstate::multifd_zlib();
+        if (compression == "zstd") parameters.multifd_compression = vmstate::multifd_zstd();
+    }
+};
+
+/// Machine types up to 8.0, whatever QEMU they run in, expect multifd's sync points where QEMU 8.0 had them. Of those whose
+/// name has no version ("microvm") it isn't known; they are taken for new ones.
+bool syncs_after_each_section(std::string_view machine_type) {
+    const std::string_view version = machine_type.substr(machine_type.rfind('-') + 1);
+    unsigned major = 0, minor = 0;
+    const char* const end = version.data() + version.size();
+    const auto [dot, wrong] = std::from_chars(version.data(), end, major);
+    if (wrong != std::errc{} || dot == end || *dot != '.') return false;
+    if (std::from_chars(dot + 1, end, minor).ec != std::errc{}) return false;
+    return major < 8 || (major == 8 && minor == 0);
 }
 
 void say_where(const std::string& uri) {
@@ -123,22 +154,26 @@ void say_what_came(const vmstate::machine& machine, const vmstate::migration::st
         static_cast<unsigned long long>(last.ram.transferred), sections, static_cast<long long>(last.total_time.count()));
 }
 
-int receive(const std::string& uri, const std::string& file, const std::string& schema_file, const tls_files& tls) {
+int receive(const std::string& uri, const std::string& file, const std::string& schema_file,
+    const vmstate::migration::parameters& parameters, const tls_files& tls) {
     const vmstate::result<schema> known = read_schema(schema_file);
     if (!known) return complain(schema_file, known.error());
 
     vmstate::machine machine(known->options);
     // A parked machine doesn't run: nothing to start.
     vmstate::migration::guest nobody;
-    vmstate::migration::destination destination(machine, nobody, {.peer_timeout = {}}, carried_by(*known));
+    vmstate::migration::destination destination(machine, nobody, parameters, carried_by(*known));
     destination.observe([&](const vmstate::migration::status& at) {
         if (at.state == vmstate::migration::state::setup && !destination.uri().empty()) say_where(destination.uri());
     });
     const vmstate::result<void> arrived = [&]() -> vmstate::result<void> {
         if (!tls.wanted()) return destination.run(uri);
-        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> channel = accept_tls(uri, tls, say_where);
-        if (!channel) return channel.error();
-        return destination.run(std::unique_ptr<vmstate::input_channel>(std::move(*channel)));
+        vmstate::result<vmstate::tls_credentials> credentials = tls.credentials(vmstate::tls_endpoint::server);
+        if (!credentials) return credentials.error();
+        vmstate::result<vmstate::socket_listener> listener = vmstate::socket_listener::listen(uri);
+        if (!listener) return listener.error();
+        say_where(listener->uri());
+        return destination.run(accept_tls(*listener, *credentials));
     }();
     if (!arrived) return complain(uri, arrived.error());
     say_what_came(machine, destination.status());
@@ -148,7 +183,8 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
     return EXIT_SUCCESS;
 }
 
-int send(const std::string& file, const std::string& uri, const vmstate::migration::parameters& parameters, const tls_files& tls) {
+int send(const std::string& file, const std::string& uri, vmstate::migration::parameters parameters, const tls_files& tls,
+    const std::string& multifd_sync) {
     const vmstate::result<schema> known = read_schema(file);
     if (!known) return complain(file, known.error());
 
@@ -156,12 +192,14 @@ int send(const std::string& file, const std::string& uri, const vmstate::migrati
     if (const vmstate::result<void> loaded = vmstate::load(machine, vmstate::open_input("file:" + file), carried_by(*known)); !loaded)
         return complain(file, loaded.error());
     vmstate::migration::guest nobody;
+    parameters.multifd_flush_after_each_section =
+        multifd_sync == "section" || (multifd_sync == "auto" && syncs_after_each_section(known->options.name));
     vmstate::migration::source source(machine, nobody, parameters);
     const vmstate::result<void> started = [&]() -> vmstate::result<void> {
         if (!tls.wanted()) return source.start(uri);
-        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> channel = connect_tls(uri, tls);
-        if (!channel) return channel.error();
-        return source.start(std::unique_ptr<vmstate::output_channel>(std::move(*channel)));
+        vmstate::result<vmstate::tls_credentials> credentials = tls.credentials(vmstate::tls_endpoint::client);
+        if (!credentials) return credentials.error();
+        return source.start(connect_tls(uri, tls.hostname, *credentials));
     }();
     if (!started) return complain(uri, started.error());
     if (const vmstate::result<void> sent = source.wait(); !sent) return complain(uri, sent.error());
@@ -192,11 +230,22 @@ int main(int argc, char** argv) {
     sending->add_option("URI", uri, "Where that QEMU waits: unix:PATH, tcp:HOST:PORT")->required();
     sending->add_flag("!--no-return-path", parameters.return_path, "Don't ask it whether all was loaded");
     sending->add_option("--max-bandwidth", parameters.max_bandwidth, "Bytes per second, 0 for no limit");
+    std::string multifd_sync = "auto";
+    sending->add_option("--multifd-sync", multifd_sync,
+               "When the QEMU expects the channels to be in step: after each section (as machine types up to 8.0 do), or once "
+               "per round over the memory; auto goes by the machine type's version")
+        ->check(CLI::IsMember({"auto", "section", "round"}));
     tls_files tls;
+    multifd_options multifd;
     for (CLI::App* const either : {receiving, sending}) {
         CLI::Option* const x509 = either->add_option("--tls-x509", tls.x509,
             "TLS with the certificates in this directory, under QEMU's names: ca-cert.pem, server-cert.pem, ...");
         either->add_option("--tls-psk", tls.psk, "TLS with the pre-shared key in this directory's keys.psk")->excludes(x509);
+        CLI::Option* const channels = either->add_option("--multifd", multifd.channels,
+            "Memory goes over so many channels of its own, as the QEMU's multifd-channels says")->check(CLI::Range(1, 255));
+        either->add_option("--multifd-compression", multifd.compression, "As the QEMU's multifd-compression")
+            ->check(CLI::IsMember({"none", "zlib", "zstd"}))
+            ->needs(channels);
     }
     sending->add_option("--tls-hostname", tls.hostname, "Whom the server's certificate has to name");
     app.footer("Exit status: 0 when all went over; 1 when not, with the reason; 2 for a wrong command line.\n"
@@ -209,8 +258,11 @@ int main(int argc, char** argv) {
     } catch (const CLI::ParseError& failure) {
         return app.exit(failure) == 0 ? EXIT_SUCCESS : exit_usage;
     }
+    multifd.apply_to(parameters);
+    if (receiving->parsed()) parameters.peer_timeout = {}; // a QEMU may take its time
     try {
-        return receiving->parsed() ? receive(uri, file, schema_file, tls) : send(file, uri, parameters, tls);
+        return receiving->parsed() ? receive(uri, file, schema_file, parameters, tls)
+                                   : send(file, uri, parameters, tls, multifd_sync);
     } catch (const std::exception& failure) { // out of memory: a stream says how large the machine is
         std::fprintf(stderr, "vmstate-park: %s\n", failure.what());
         return exit_failed;

@@ -59,7 +59,8 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     VMSTATE_REQUIRE_QEMU();
     const bool return_path = GENERATE(true, false);
     const bool tls = GENERATE(false, true);
-    CAPTURE(return_path, tls);
+    const bool multifd = GENERATE(false, true);
+    CAPTURE(return_path, tls, multifd);
     const temporary_directory directory;
     const auto path = [&](const char* name) { return (directory / name).string(); };
     qemu_options options{.machine = "pc", .rom = guest_rom("counter")};
@@ -78,9 +79,14 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
                                              ",endpoint=" + endpoint};
         return more;
     };
-    const auto use_credentials = [&](qemu& machine) {
+    const auto configure = [&](qemu& machine) {
         if (tls) machine.execute("migrate-set-parameters", {{"tls-creds", "tls0"}, {"tls-hostname", "localhost"}});
+        if (!multifd) return;
+        machine.execute("migrate-set-capabilities",
+            {{"capabilities", boost::json::array{boost::json::object{{"capability", "multifd"}, {"state", true}}}}});
+        machine.execute("migrate-set-parameters", {{"multifd-channels", 2}, {"multifd-compression", "zstd"}});
     };
+    const std::string with = tls_option + (multifd ? " --multifd 2 --multifd-compression zstd" : "");
     qemu first(with_credentials("client"));
     first.wait_serial(lines(3), "3 lines");
     REQUIRE(first.migrate_to_file(directory / "schema").completed);
@@ -89,10 +95,10 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     first.execute("migrate-set-capabilities",
         {{"capabilities", boost::json::array{boost::json::object{{"capability", "return-path"}, {"state", return_path}}}}});
 
-    use_credentials(first);
+    configure(first);
     int status = -1;
     {
-        park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema") + tls_option);
+        park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema") + with);
         REQUIRE(receiving.line() == "waiting at unix:" + path("in") + "\n");
         const migration_outcome left = first.migrate("unix:" + path("in"));
         const std::string said = receiving.rest(status);
@@ -104,12 +110,11 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     const std::string before = first.serial();
 
     qemu_options more = with_credentials("server");
-    if (tls) more.arguments.insert(more.arguments.end(), {"-incoming", "defer"}); // its credentials have to be told first
-    else more.incoming = "unix:" + path("out");
+    more.arguments.insert(more.arguments.end(), {"-incoming", "defer"}); // it has to be told how first
     qemu second(more);
-    use_credentials(second);
-    if (tls) second.execute("migrate-incoming", {{"uri", "unix:" + path("out")}});
-    const std::string said = park("send " + path("parked") + " unix:" + path("out") + tls_option).rest(status);
+    configure(second);
+    second.execute("migrate-incoming", {{"uri", "unix:" + path("out")}});
+    const std::string said = park("send " + path("parked") + " unix:" + path("out") + with).rest(status);
     CAPTURE(said);
     REQUIRE(status == 0);
     const auto incoming = second.wait_incoming();
