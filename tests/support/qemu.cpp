@@ -175,6 +175,10 @@ struct qemu::implementation {
         read_on();
         wait("QEMU's greeting", [&] { return greeted; });
         execute("qmp_capabilities", {});
+        boost::json::array capabilities;
+        for (const std::string& name : options.capabilities)
+            capabilities.push_back(boost::json::object{{"capability", name}, {"state", true}});
+        if (!capabilities.empty()) execute("migrate-set-capabilities", {{"capabilities", capabilities}});
         // Only now, or a stream that QEMU refuses would make it exit at any point of the above.
         if (!options.incoming.empty()) execute("migrate-incoming", {{"uri", options.incoming}});
     }

@@ -72,6 +72,7 @@ struct qemu_options {
     std::filesystem::path disk{};   // a first IDE or AHCI disk, where not empty; what is written is lost
     std::filesystem::path incoming_file{};       // -incoming "exec:cat ...", where not empty
     std::string incoming{};                      // -incoming, where not empty
+    std::vector<std::string> capabilities{};     // of migration, switched on before
     bool stopped = false;                        // -S
     std::vector<std::string> arguments{};        // and whatever else
     std::chrono::milliseconds patience{120'000}; // the longest that any single wait may take
