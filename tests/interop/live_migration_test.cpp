@@ -4,6 +4,7 @@
 // the description in a stream that the same QEMU wrote to a file before.
 #include "support/catch.hpp"
 #include "support/counter.hpp"
+#include "support/outcome.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
 
@@ -24,14 +25,6 @@ using namespace std::chrono_literals;
 namespace {
 
 constexpr std::size_t memory_size = 16 << 20;
-
-auto lines(std::ptrdiff_t count) {
-    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
-}
-template <class T>
-std::string message_of(const vmstate::result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 
 void set_capability(qemu& who, std::string_view name, bool on) {
     who.execute("migrate-set-capabilities", {{"capabilities", boost::json::array{boost::json::object{
@@ -121,7 +114,7 @@ TEST_CASE("a running QEMU migrates to us, and we migrate to another QEMU, in whi
     second.wait_serial(lines(3), "3 more lines");
     second.stop();
     const auto output = counter::parse_output(before + second.serial()); // throws at "BAD"
-    for (std::size_t i = 1; i < output.size(); ++i) REQUIRE(output[i].round == output[i - 1].round + 1);
+    CHECK(counter::check_order(output) == "");
     std::uint32_t round = 0;
     CHECK(counter::check_memory(second.memory(0, 0x60000), round) == "");
     CHECK(second.complaints() == "");

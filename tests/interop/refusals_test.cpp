@@ -2,6 +2,7 @@
 // A stream for another machine is refused, in both directions: QEMU refuses ours with its words, we refuse QEMU's with
 // ours, which name the place.
 #include "support/catch.hpp"
+#include "support/outcome.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
 
@@ -16,11 +17,6 @@ namespace pc = pc_devices;
 using vmstate::errc;
 
 namespace {
-
-template <class T>
-std::string message_of(const vmstate::result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 
 /// What a pc is, after reset; recorded once.
 const recorded_stream& original() {

@@ -4,6 +4,7 @@
 #include "support/catch.hpp"
 #include "support/certificates.hpp"
 #include "support/counter.hpp"
+#include "support/outcome.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
 
@@ -12,7 +13,6 @@
 #include <vmstate/stream/listener.hpp>
 #include <vmstate/stream/tls.hpp>
 
-#include <algorithm>
 #include <chrono>
 #include <future>
 #include <string>
@@ -27,15 +27,6 @@ using channel_pointer = std::unique_ptr<vmstate::duplex_channel>;
 namespace {
 
 constexpr std::size_t memory_size = 16 << 20;
-
-auto lines(std::ptrdiff_t count) {
-    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
-}
-
-template <class T>
-std::string message_of(const vmstate::result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 
 /// Files for both sides of both kinds of TLS: x509/ has a server's and a client's certificate, psk/ has keys.psk.
 struct credential_files {
@@ -197,10 +188,7 @@ TEST_CASE("a guest goes from a QEMU over a socket to us, and over a socket to an
     destination.wait_serial(lines(5), "5 more lines");
     destination.stop();
     const auto output = counter::parse_output(before + destination.serial()); // throws at "BAD"
-    for (std::size_t i = 1; i < output.size(); ++i) {
-        REQUIRE(output[i].round == output[i - 1].round + 1);
-        REQUIRE(output[i].ticks > output[i - 1].ticks);
-    }
+    CHECK(counter::check_order(output) == "");
     CHECK(counter::check_memory(destination.memory(0, memory_size)) == "");
 }
 

@@ -4,6 +4,7 @@
 // QEMU takes.
 #include "support/catch.hpp"
 #include "support/counter.hpp"
+#include "support/outcome.hpp"
 #include "support/qemu.hpp"
 #include "support/qtest.hpp"
 #include "support/recorded_stream.hpp"
@@ -79,14 +80,14 @@ TEST_CASE("a stream with XBZRLE records gives the memory that the machine had") 
           pages - 1); // whole once before its changes are sent
     replica ours(stream);
     const auto loaded = ours.load(stream.bytes);
-    REQUIRE((loaded ? "" : loaded.error().message()) == "");
+    REQUIRE(message_of(loaded) == "");
     const std::span<const std::byte> block(ours.memory.at(stream.blocks.front().name));
     CHECK(difference(std::span(memory).first(0xa0000), block.first(0xa0000)) == "");
     CHECK(difference(std::span(memory).subspan(0x100000), block.subspan(0x100000)) == "");
 
     // Written again, in plain pages, it is the same machine to QEMU.
     const auto saved = ours.save();
-    REQUIRE((saved ? "" : saved.error().message()) == "");
+    REQUIRE(message_of(saved) == "");
     const auto plain = source.directory() / "plain.state";
     write_file(plain, *saved);
     qemu destination({.machine = machine, .incoming_file = plain, .stopped = true});
@@ -140,16 +141,13 @@ TEST_CASE("a QEMU takes the changes that a source of ours sends instead of pages
     constexpr std::uint64_t pages = 512;
     const std::string machine = GENERATE("pc", "microvm");
     CAPTURE(machine);
-    const auto lines = [](std::ptrdiff_t count) {
-        return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
-    };
     const qemu_options options{.machine = machine, .rom = guest_rom("counter")};
     qemu original(options);
     original.wait_serial(lines(3), "3 lines");
     const recorded_stream stream = record(original);
     replica ours(stream);
     const auto loaded = ours.load(stream.bytes);
-    REQUIRE((loaded ? "" : loaded.error().message()) == "");
+    REQUIRE(message_of(loaded) == "");
 
     qemu_options more = options;
     const temporary_directory directory;
@@ -174,12 +172,12 @@ TEST_CASE("a QEMU takes the changes that a source of ours sends instead of pages
     vmstate::migration::source source(
         ours.machine, guest, {.downtime_limit = std::chrono::milliseconds(0), .xbzrle = true});
     const auto started = source.start(more.incoming);
-    REQUIRE((started ? "" : started.error().message()) == "");
+    REQUIRE(message_of(started) == "");
     while (source.status().xbzrle_cache.pages < 1000 && !is_final(source.status().state))
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     source.set_parameters({.downtime_limit = std::chrono::seconds(10)});
     const auto left = source.wait();
-    CHECK((left ? "" : left.error().message()) == "");
+    CHECK(message_of(left) == "");
     const auto incoming = destination.wait_incoming();
     REQUIRE(incoming.error == "");
     REQUIRE(incoming.completed);
@@ -194,6 +192,6 @@ TEST_CASE("a QEMU takes the changes that a source of ours sends instead of pages
     destination.cont();
     destination.wait_serial(lines(3), "3 more lines");
     const auto output = counter::parse_output(original.serial() + destination.serial()); // throws at "BAD"
-    for (std::size_t i = 1; i < output.size(); ++i) REQUIRE(output[i].round == output[i - 1].round + 1);
+    CHECK(counter::check_order(output) == "");
     CHECK(destination.complaints() == "");
 }

@@ -13,7 +13,7 @@
 #include <vmstate/migration/destination.hpp>
 #include <vmstate/migration/source.hpp>
 
-#include <support/qemu.hpp>
+#include <support/temporary_directory.hpp>
 
 #include "footprint.hpp"
 #include "peer_process.hpp"

@@ -30,6 +30,7 @@
 
 #include "live/breakable_channel.hpp"
 #include "live/small_machine.hpp"
+#include "support/outcome.hpp"
 
 using namespace vmstate;
 using namespace vmstate::tests;
@@ -37,10 +38,6 @@ using namespace std::chrono_literals;
 
 namespace {
 
-template <class T>
-std::string message_of(const result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 std::size_t threads() {

@@ -49,6 +49,17 @@ std::vector<line> parse_output(std::string_view output) {
     }
 }
 
+std::string check_order(const std::vector<line>& lines) {
+    for (std::size_t i = 1; i < lines.size(); ++i) {
+        const line& before = lines[i - 1];
+        const line& after = lines[i];
+        if (after.round != before.round + 1 || after.ticks <= before.ticks)
+            return "round " + std::to_string(after.round) + ", ticks " + std::to_string(after.ticks) + " after round " +
+                   std::to_string(before.round) + ", ticks " + std::to_string(before.ticks);
+    }
+    return {};
+}
+
 std::string check_memory(std::span<const std::byte> memory) {
     std::uint32_t round = 0;
     return check_memory(memory, round);

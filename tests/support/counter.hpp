@@ -3,6 +3,7 @@
 // after its machine was stopped, saved, rewritten or moved. Depends on the standard library alone.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -31,6 +32,10 @@ struct line {
 /// includes the "BAD" that the program prints when its own memory is not what it wrote.
 std::vector<line> parse_output(std::string_view output);
 
+/// What is wrong with the order of lines, of which those from a second machine follow those from a first: empty when each
+/// round is the one before plus one, and the ticks go on.
+std::string check_order(const std::vector<line>& lines);
+
 /// What is wrong with the program's memory, of which the machine was stopped: empty when nothing is.
 /// `memory` is guest physical memory from address 0 to at least the end of the working set.
 std::string check_memory(std::span<const std::byte> memory);
@@ -39,3 +44,12 @@ std::string check_memory(std::span<const std::byte> memory);
 std::string check_memory(std::span<const std::byte> memory, std::uint32_t& round);
 
 } // namespace vmstate::tests::counter
+
+namespace vmstate::tests {
+
+/// For qemu::wait_serial: whether a text has that many lines.
+inline auto lines(std::ptrdiff_t count) {
+    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
+}
+
+} // namespace vmstate::tests

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "support/catch.hpp"
+#include "support/temporary_directory.hpp"
 
 #include <boost/json.hpp>
 
@@ -18,7 +19,6 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace vmstate::tests {
@@ -44,21 +44,6 @@ std::filesystem::path find_qemu();
 /// with a firmware (`if=floppy` or `if=ide`); the ROM takes the place of the firmware (`-bios`) on any machine.
 std::filesystem::path guest_disk(std::string_view name);
 std::filesystem::path guest_rom(std::string_view name);
-
-/// A directory that is removed with this object, unless $VMSTATE_KEEP is set.
-class temporary_directory {
-public:
-    temporary_directory();
-    ~temporary_directory();
-    temporary_directory(temporary_directory&& other) noexcept : path_(std::exchange(other.path_, {})) {}
-    temporary_directory& operator=(temporary_directory&&) = delete;
-
-    const std::filesystem::path& path() const noexcept { return path_; }
-    std::filesystem::path operator/(const std::filesystem::path& name) const { return path_ / name; }
-
-private:
-    std::filesystem::path path_;
-};
 
 std::vector<std::byte> read_file(const std::filesystem::path& path);
 void write_file(const std::filesystem::path& path, std::span<const std::byte> bytes);

@@ -31,8 +31,10 @@
 #include <vmstate/stream/prefixed_channel.hpp>
 
 #include "support/catch.hpp"
+#include "support/outcome.hpp"
 
 using namespace vmstate;
+using vmstate::tests::message_of;
 using namespace std::chrono_literals;
 
 namespace {
@@ -40,10 +42,6 @@ namespace {
 constexpr std::size_t page = 4096;
 using bytes = std::vector<std::byte>;
 
-template <class T>
-std::string message_of(const result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 std::uint32_t be32(std::span<const std::byte> from, std::size_t at) {

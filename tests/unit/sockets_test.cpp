@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: BSL-1.0
 // Sockets: their URIs, listeners, connecting, both directions at once, bounds on waiting, and what ends a wait.
+#include <support/bytes.hpp>
 #include <support/catch.hpp>
+#include <support/outcome.hpp>
+#include <support/temporary_directory.hpp>
 
 #include <vmstate/migrate.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
@@ -32,21 +35,9 @@
 
 using namespace vmstate;
 using namespace std::chrono_literals;
-using vmstate::tests::contains;
+using namespace vmstate::tests;
 
 namespace {
-
-struct scratch_directory {
-    scratch_directory() {
-        std::string name = (std::filesystem::temp_directory_path() / "vmstate-sock-XXXXXX").string();
-        REQUIRE(::mkdtemp(name.data()) != nullptr);
-        path = name;
-    }
-    ~scratch_directory() { std::filesystem::remove_all(path); }
-    std::string file(const std::string& name) const { return (path / name).string(); }
-
-    std::filesystem::path path;
-};
 
 /// The descriptors that this process has open, with what they are.
 std::set<std::pair<std::string, std::string>> descriptors() {
@@ -59,33 +50,7 @@ std::set<std::pair<std::string, std::string>> descriptors() {
     return found;
 }
 
-std::byte at(std::size_t i) { return static_cast<std::byte>((i * 7 + i / 251) & 0xff); }
-std::vector<std::byte> pattern(std::size_t count) {
-    std::vector<std::byte> bytes(count);
-    for (std::size_t i = 0; i < count; ++i) bytes[i] = at(i);
-    return bytes;
-}
 std::span<const std::byte> bytes_of(std::string_view text) { return std::as_bytes(std::span(text)); }
-
-result<void> put(output_channel& out, std::span<const std::byte> bytes) { return out.writev({&bytes, 1}); }
-result<std::size_t> get_some(input_channel& in, std::span<std::byte> bytes) { return in.read_some({&bytes, 1}); }
-/// Up to `count` bytes, fewer where the stream ends before.
-result<std::vector<std::byte>> get(input_channel& in, std::size_t count) {
-    std::vector<std::byte> bytes(count);
-    std::size_t done = 0;
-    while (done < count) {
-        const result<std::size_t> got = get_some(in, std::span(bytes).subspan(done));
-        if (!got) return got.error();
-        if (*got == 0) break;
-        done += *got;
-    }
-    bytes.resize(done);
-    return bytes;
-}
-template <class T>
-std::string message_of(const result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 
 using channel_pointer = std::unique_ptr<duplex_channel>;
 
@@ -113,7 +78,7 @@ bool has_ipv6() {
     return listener.has_value();
 }
 
-std::string uri_of_kind(const std::string& kind, const scratch_directory& scratch) {
+std::string uri_of_kind(const std::string& kind, const temporary_directory& scratch) {
     if (kind == "unix") return "unix:" + scratch.file("socket");
     if (kind == "IPv6") return "tcp:[::1]:0";
     if (kind == "name") return "tcp:localhost:0";
@@ -162,7 +127,7 @@ TEST_CASE("bytes go both ways over every kind of socket") {
     if (kind == "IPv6" && !has_ipv6()) return vmstate::tests::skip("this machine has no IPv6 loopback address");
     const auto before = descriptors();
     {
-        const scratch_directory scratch;
+        const temporary_directory scratch;
         auto listener = socket_listener::listen(uri_of_kind(kind, scratch));
         REQUIRE(message_of(listener) == "");
         CHECK(message_of(parse_uri(listener->uri())) == "");
@@ -208,7 +173,7 @@ TEST_CASE("a listener without a host takes IPv4 and IPv6") {
 }
 
 TEST_CASE("one listener accepts many, and what it accepted lives on without it") {
-    const scratch_directory scratch;
+    const temporary_directory scratch;
     std::vector<connection> all;
     std::string uri;
     {
@@ -229,7 +194,7 @@ TEST_CASE("one listener accepts many, and what it accepted lives on without it")
 }
 
 TEST_CASE("a unix socket that is left over is replaced, one in use and other files are not") {
-    const scratch_directory scratch;
+    const temporary_directory scratch;
     const std::string path = scratch.file("socket");
     {
         // As a process that was killed leaves it.
@@ -275,7 +240,7 @@ TEST_CASE("cancel ends a blocked accept, and every later one") {
     const std::string kind = GENERATE("IPv4", "name", "unix");
     const auto before = descriptors();
     {
-        const scratch_directory scratch;
+        const temporary_directory scratch;
         auto listener = socket_listener::listen(uri_of_kind(kind, scratch));
         REQUIRE(message_of(listener) == "");
         auto accepting = std::async(std::launch::async, [&] { return message_of(listener->accept()); });
@@ -289,7 +254,7 @@ TEST_CASE("cancel ends a blocked accept, and every later one") {
 
 TEST_CASE("connecting can be given up") {
     // A backlog that is full: on a unix socket connecting waits then for as long as it takes.
-    const scratch_directory scratch;
+    const temporary_directory scratch;
     auto listener = socket_listener::listen("unix:" + scratch.file("full"), 0);
     REQUIRE(message_of(listener) == "");
     std::vector<channel_pointer> waiting;
@@ -356,7 +321,7 @@ TEST_CASE("the return path is used while 64 MiB go forward") {
     const std::string kind = GENERATE("IPv4", "unix");
     const auto before = descriptors();
     {
-        const scratch_directory scratch;
+        const temporary_directory scratch;
         auto listener = socket_listener::listen(uri_of_kind(kind, scratch));
         REQUIRE(message_of(listener) == "");
         connection ends = connect_by(*listener);
@@ -558,7 +523,7 @@ TEST_CASE("open_output connects and open_input listens, as in QEMU") {
     const std::string kind = GENERATE("IPv4", "unix");
     const auto before = descriptors();
     {
-        const scratch_directory scratch;
+        const temporary_directory scratch;
         std::string uri = uri_of_kind(kind, scratch);
         if (kind == "IPv4") { // a port that is free now
             auto listener = socket_listener::listen(uri);

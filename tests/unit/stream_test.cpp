@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSL-1.0
 // Channels, URIs, and the buffered reader and writer over them.
+#include <support/bytes.hpp>
 #include <support/catch.hpp>
+#include <support/temporary_directory.hpp>
 
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/buffered_writer.hpp>
@@ -22,28 +24,9 @@
 #include <vector>
 
 using namespace vmstate;
-using vmstate::tests::contains;
+using namespace vmstate::tests;
 
 namespace {
-
-std::vector<std::byte> pattern(std::size_t count) {
-    std::vector<std::byte> bytes(count);
-    for (std::size_t i = 0; i < count; ++i) bytes[i] = static_cast<std::byte>((i * 7 + i / 251) & 0xff);
-    return bytes;
-}
-
-/// A directory that is gone at the end.
-struct scratch_directory {
-    scratch_directory() {
-        std::string name = (std::filesystem::temp_directory_path() / "vmstate-stream-XXXXXX").string();
-        REQUIRE(::mkdtemp(name.data()) != nullptr);
-        path = name;
-    }
-    ~scratch_directory() { std::filesystem::remove_all(path); }
-    std::string file(const std::string& name) const { return (path / name).string(); }
-
-    std::filesystem::path path;
-};
 
 std::string contents(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
@@ -267,7 +250,7 @@ TEST_CASE("QEMU's URIs are taken apart") {
 }
 
 TEST_CASE("a file is written and read, from an offset on if wanted") {
-    const scratch_directory directory;
+    const temporary_directory directory;
     const std::string path = directory.file("state");
     std::ofstream(path) << "0123456789 old";
 
@@ -305,7 +288,7 @@ TEST_CASE("a file that cannot be opened is an error, and a channel that reports 
 }
 
 TEST_CASE("a command gets the stream, and close waits for it") {
-    const scratch_directory directory;
+    const temporary_directory directory;
     opened_output output = open_output("exec:sleep 0.1; cat > " + directory.file("copy"));
     REQUIRE(output);
     const std::vector<std::byte> all = pattern(300'000);

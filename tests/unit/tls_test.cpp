@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: BSL-1.0
 // TLS over sockets, between two of ours: who is let in, who is refused and with what words, and that both directions work
 // at the same time. With QEMU at the other end: tests/interop/sockets_test.cpp.
+#include <support/bytes.hpp>
 #include <support/catch.hpp>
 #include <support/certificates.hpp>
+#include <support/outcome.hpp>
+#include <support/temporary_directory.hpp>
 
 #include <vmstate/stream/connect.hpp>
 #include <vmstate/stream/listener.hpp>
@@ -10,7 +13,6 @@
 
 #include <sys/socket.h>
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
@@ -29,45 +31,6 @@ using namespace vmstate::tests;
 using channel_pointer = std::unique_ptr<duplex_channel>;
 
 namespace {
-
-struct scratch_directory {
-    scratch_directory() {
-        std::string name = (std::filesystem::temp_directory_path() / "vmstate-tls-XXXXXX").string();
-        REQUIRE(::mkdtemp(name.data()) != nullptr);
-        path = name;
-    }
-    ~scratch_directory() { std::filesystem::remove_all(path); }
-    std::filesystem::path subdirectory(const std::string& name) const {
-        std::filesystem::create_directory(path / name);
-        return path / name;
-    }
-
-    std::filesystem::path path;
-};
-
-template <class T>
-std::string message_of(const result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
-std::vector<std::byte> pattern(std::size_t count) {
-    std::vector<std::byte> bytes(count);
-    for (std::size_t i = 0; i < count; ++i) bytes[i] = static_cast<std::byte>((i * 7 + i / 251) & 0xff);
-    return bytes;
-}
-result<void> put(output_channel& out, std::span<const std::byte> bytes) { return out.writev({&bytes, 1}); }
-result<std::size_t> get_some(input_channel& in, std::span<std::byte> bytes) { return in.read_some({&bytes, 1}); }
-result<std::vector<std::byte>> get(input_channel& in, std::size_t count) {
-    std::vector<std::byte> bytes(count);
-    std::size_t done = 0;
-    while (done < count) {
-        const result<std::size_t> got = get_some(in, std::span(bytes).subspan(done));
-        if (!got) return got.error();
-        if (*got == 0) break;
-        done += *got;
-    }
-    bytes.resize(done);
-    return bytes;
-}
 
 /// A channel that counts the bytes which were written to it.
 class counting_channel final : public duplex_channel {
@@ -126,7 +89,7 @@ std::string refusal_of(result<channel_pointer>& client) {
 
 /// Good credentials of both sides.
 struct x509_kit {
-    scratch_directory scratch;
+    temporary_directory scratch;
     certificate_authority authority;
     std::filesystem::path client_directory = scratch.subdirectory("client");
     std::filesystem::path server_directory = scratch.subdirectory("server");
@@ -146,7 +109,7 @@ struct x509_kit {
 };
 
 struct psk_kit {
-    scratch_directory scratch;
+    temporary_directory scratch;
     std::filesystem::path client_directory = scratch.subdirectory("client");
     std::filesystem::path server_directory = scratch.subdirectory("server");
 
@@ -407,7 +370,7 @@ TEST_CASE("credentials that can't be used are refused by name") {
             kit.server_directory, username.empty() ? tls_endpoint::server : tls_endpoint::client, username));
     };
     SECTION("no directory") {
-        const auto none = tls_credentials::x509(kit.scratch.path / "none", tls_endpoint::client);
+        const auto none = tls_credentials::x509(kit.scratch / "none", tls_endpoint::client);
         CHECK_THAT(message_of(none), contains("none/ca-cert.pem: No such file or directory"));
     }
     SECTION("no key") {
