@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 
 #include <atomic>
 #include <chrono>
@@ -21,8 +22,11 @@
 #include <utility>
 #include <vector>
 
+#include <vmstate/migration/destination.hpp>
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/migration/source.hpp>
+
+#include <support/temporary_directory.hpp>
 
 #include "footprint.hpp"
 #include "small_machine.hpp"
@@ -241,4 +245,58 @@ TEST_CASE("whatever the destination does, and when: the source ends with an erro
         }
     }
     leaks.check(migrations);
+}
+
+TEST_CASE("a destination that doesn't accept: the source gives up in setup, or when it is told to") {
+    const temporary_directory directory;
+    const std::string path = directory.file("socket");
+    // One connection waits to be accepted, and there is no room for another.
+    const unique_fd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    const unique_fd waiting(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, sizeof address.sun_path - 1);
+    REQUIRE(::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0);
+    REQUIRE(::listen(listener.get(), 0) == 0);
+    REQUIRE(::connect(waiting.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0);
+
+    small_machine from(64);
+    from.start();
+    migration::source hasty(from.state, from.control, {.peer_timeout = 200ms});
+    REQUIRE(hasty.start("unix:" + path));
+    const result<void> left = hasty.wait();
+    REQUIRE(left.has_error());
+    CHECK(left.error().path() == "setup");
+    CHECK_THAT(left.error().message(), contains("timed out"));
+    CHECK(hasty.status().state == state::failed);
+
+    migration::source patient(from.state, from.control, {.peer_timeout = 0ms});
+    REQUIRE(patient.start("unix:" + path));
+    std::this_thread::sleep_for(20ms);
+    patient.cancel();
+    CHECK(patient.wait().has_error());
+    CHECK(patient.status().state == state::cancelled);
+    CHECK(from.runs());
+    CHECK(from.stops == 0);
+}
+
+TEST_CASE("a source that is made to wait before the switchover is not taken for one that has gone") {
+    small_machine from(64);
+    small_machine to(64);
+    from.start();
+    channel_pair channels = make_pair();
+    const migration::parameters settings{.pause_before_switchover = true, .peer_timeout = 2000ms};
+    migration::destination destination(to.state, to.control, settings);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(std::unique_ptr<input_channel>(std::move(channels.other))); });
+    migration::source source(from.state, from.control, settings);
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    while (source.status().state != state::pre_switchover && !is_final(source.status().state)) std::this_thread::sleep_for(1ms);
+    std::this_thread::sleep_for(2500ms); // longer than the destination waits for a silent source
+    CHECK(source.resume().has_value());
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CAPTURE((arrived ? std::string() : arrived.error().message()));
+    CHECK(arrived.has_value());
+    CHECK(to.starts == 1);
 }

@@ -186,7 +186,7 @@ private:
     void run(const channel_connector& connect) {
         std::unique_ptr<output_channel> channel;
         result<void> done = [&]() -> result<void> {
-            result<std::unique_ptr<output_channel>> opened = connect({{}, stop_token()});
+            result<std::unique_ptr<output_channel>> opened = connect({parameters().peer_timeout, stop_token()});
             if (opened && !*opened) opened = error(errc::invalid_argument, "a channel", "none");
             if (!opened) return opened.error().within("setup");
             channel = std::move(*opened);
@@ -486,9 +486,7 @@ private:
         stopped_at_ = stopped_at;
         if (settings.pause_before_switchover) {
             if (!monitor_.enter(state::pre_switchover)) return error(errc::io, {}, "cancelled");
-            monitor_.wait_until([&](const migration::status& at) {
-                return at.state == state::cancelling || may_switch_.load() || peer_has_spoken_.load();
-            });
+            if (result<void> told = wait_to_switch(stream, settings); !told) return told;
             if (result<void> fine = check_peer(); !fine) return fine;
         }
         if (!monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
@@ -505,6 +503,22 @@ private:
         if (result<void> saved = stream.saver.save_end(); !saved) return saved;
         if (result<void> sent = stream.out.flush(); !sent) return sent;
         monitor_.update([&](migration::status& at) { count_pages(at, stream); });
+        return {};
+    }
+    /// Until the user says so, or all is over. However long that takes, the destination hears that we are there: its
+    /// patience with a silent source is taken to be ours.
+    result<void> wait_to_switch(outgoing& stream, const migration::parameters& settings) {
+        const auto may_go_on = [&](const migration::status& at) {
+            return at.state == state::cancelling || may_switch_.load() || peer_has_spoken_.load();
+        };
+        if (!has_return_path() || settings.peer_timeout.count() == 0) {
+            monitor_.wait_until(may_go_on);
+            return {};
+        }
+        while (!monitor_.wait_until(clock::now() + settings.peer_timeout / 4, may_go_on)) {
+            ping(stream.saver, 1);
+            if (result<void> sent = stream.out.flush(); !sent) return sent;
+        }
         return {};
     }
     /// The destination's last word; without a return path, that the bytes have left is all there is to know.
