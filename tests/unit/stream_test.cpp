@@ -404,6 +404,67 @@ TEST_CASE("a descriptor that does not block is waited for") {
     CHECK(back == all);
 }
 
+TEST_CASE("a command that takes nothing more, or says nothing more, is not waited for longer than the timeout") {
+    const bool writes = GENERATE(true, false);
+    CAPTURE(writes);
+    const std::vector<std::byte> much(1 << 20);
+    const std::span<const std::byte> all(much);
+    std::array<std::byte, 16> room{};
+    const std::span<std::byte> some(room);
+    if (writes) {
+        opened_output output = open_output("exec:exec sleep 1000");
+        REQUIRE(output);
+        REQUIRE((*output)->set_timeout(std::chrono::milliseconds(50)));
+        const result<void> written = (*output)->writev({&all, 1});
+        REQUIRE_FALSE(written);
+        CHECK_THAT(written.error().message(), contains("write: timed out after 50 ms"));
+        const result<void> closed = (*output)->close();
+        REQUIRE_FALSE(closed);
+        CHECK_THAT(closed.error().message(), contains("a command that ends"));
+    } else {
+        opened_input input = open_input("exec:exec sleep 1000");
+        REQUIRE(input);
+        REQUIRE((*input)->set_timeout(std::chrono::milliseconds(50)));
+        const result<std::size_t> got = (*input)->read_some({&some, 1});
+        REQUIRE(got.has_error());
+        CHECK_THAT(got.error().message(), contains("read: timed out after 50 ms"));
+    }
+}
+
+TEST_CASE("shutdown ends a read or a write of a pipe that waits in another thread") {
+    const bool writes = GENERATE(true, false);
+    CAPTURE(writes);
+    int ends[2];
+    REQUIRE(::pipe(ends) == 0);
+    const unique_fd other(ends[writes ? 0 : 1]);
+    std::unique_ptr<channel> ours;
+    result<void> ended;
+    const std::vector<std::byte> much(1 << 20);
+    const std::span<const std::byte> all(much);
+    std::array<std::byte, 16> room{};
+    const std::span<std::byte> some(room);
+    std::thread waiting;
+    if (writes) {
+        auto made = std::make_unique<fd_output_channel>(unique_fd(ends[1]));
+        waiting = std::thread([&, raw = made.get()] { ended = raw->writev({&all, 1}); });
+        ours = std::move(made);
+    } else {
+        auto made = std::make_unique<fd_input_channel>(unique_fd(ends[0]));
+        waiting = std::thread([&, raw = made.get()] {
+            const result<std::size_t> got = raw->read_some({&some, 1});
+            if (!got) ended = got.error();
+        });
+        ours = std::move(made);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    ours->shutdown();
+    waiting.join();
+    REQUIRE_FALSE(ended);
+    CHECK_THAT(ended.error().message(), contains("channel was shut down"));
+    // Who shares the pipe's other end still has one that blocks.
+    CHECK((::fcntl(other.get(), F_GETFL) & O_NONBLOCK) == 0);
+}
+
 TEST_CASE("shutdown ends a read that blocks in another thread") {
     int ends[2];
     REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);

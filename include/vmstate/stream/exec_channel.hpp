@@ -4,10 +4,12 @@
 #pragma once
 
 #include <fcntl.h>
+#include <signal.h>
 #include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -27,9 +29,14 @@ public:
     child_process& operator=(child_process&&) = delete;
     ~child_process() = default;
 
-    /// Waits for its end. `may_lose_reader`: dying of SIGPIPE is no failure, since we stopped reading first.
-    result<void> wait(bool may_lose_reader) {
+    /// Waits for its end, at most so long where it isn't 0: then it is ended. `may_lose_reader`: dying of SIGPIPE is no
+    /// failure, since we stopped reading first.
+    result<void> wait(bool may_lose_reader, std::chrono::milliseconds at_most) {
         if (pid_ < 0) return {};
+        if (at_most.count() > 0 && !ends_within(at_most)) {
+            stop();
+            return error(errc::io, "a command that ends", "timed out after " + std::to_string(at_most.count()) + " ms");
+        }
         int status = 0;
         pid_t ended = 0;
         do ended = ::waitpid(pid_, &status, 0);
@@ -44,6 +51,19 @@ public:
         }
         if (may_lose_reader && WTERMSIG(status) == SIGPIPE) return {};
         return error(errc::io, "a command that succeeds", "signal " + std::to_string(WTERMSIG(status)));
+    }
+    /// Leaves what it ended with for waitpid.
+    bool ends_within(std::chrono::milliseconds time) const {
+        const auto deadline = std::chrono::steady_clock::now() + time;
+        std::chrono::milliseconds pause{1};
+        for (;;) {
+            siginfo_t ended{};
+            if (::waitid(P_PID, static_cast<id_t>(pid_), &ended, WEXITED | WNOHANG | WNOWAIT) != 0 || ended.si_pid != 0)
+                return true;
+            if (std::chrono::steady_clock::now() >= deadline) return false;
+            std::this_thread::sleep_for(pause);
+            pause = std::min(pause * 2, std::chrono::milliseconds(50));
+        }
     }
     /// Ends it if it doesn't end on its own within a second.
     void stop() noexcept {
@@ -114,7 +134,12 @@ public:
 
     result<void> close() override {
         const result<void> closed = fd_output_channel::close();
-        result<void> ended = child_.wait(false);
+        // Who was shut down is no longer waited for: what it has got isn't all.
+        if (was_shut_down()) {
+            child_.stop();
+            return closed;
+        }
+        result<void> ended = child_.wait(false, timeout());
         return ended ? closed : ended;
     }
 
@@ -134,7 +159,11 @@ public:
 
     result<void> close() override {
         (void)fd_input_channel::close();
-        return child_.wait(true);
+        if (was_shut_down()) {
+            child_.stop();
+            return {};
+        }
+        return child_.wait(true, timeout());
     }
 
 private:

@@ -4,8 +4,10 @@
 // channel.hpp, support/ and Linux.
 #pragma once
 
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -14,6 +16,10 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -69,17 +75,19 @@ private:
     sigset_t saved_{};
 };
 
-/// What both directions share: the descriptor, what kind it is, and whether `shutdown` was called.
+/// What both directions share: the descriptor, what kind it is, whether `shutdown` was called, and how long to wait.
 class fd_end {
 public:
     explicit fd_end(unique_fd fd) noexcept : fd_(std::move(fd)) {
         struct stat status {};
         if (::fstat(fd_.get(), &status) == 0) mode_ = status.st_mode;
+        if (is_pipe()) make_pollable();
     }
     int get() const noexcept { return fd_.get(); }
     bool is_socket() const noexcept { return S_ISSOCK(mode_); }
     bool is_pipe() const noexcept { return S_ISFIFO(mode_); }
     bool is_regular_file() const noexcept { return S_ISREG(mode_); }
+    bool was_shut_down() const noexcept { return shut_.load(std::memory_order_relaxed); }
     void reset() noexcept { fd_.reset(); }
     /// Closes it; the error is that of a write which the system has put off. Closing twice is harmless.
     result<void> close() {
@@ -92,22 +100,58 @@ public:
     void shutdown() noexcept {
         shut_.store(true, std::memory_order_relaxed);
         if (is_socket()) ::shutdown(fd_.get(), SHUT_RDWR);
+        const std::uint64_t one = 1;
+        while (wake_ && ::write(wake_.get(), &one, sizeof one) < 0 && errno == EINTR) {
+        }
     }
+    bool set_timeout(std::chrono::milliseconds timeout) noexcept {
+        timeout_ = std::max(timeout, std::chrono::milliseconds(0));
+        return static_cast<bool>(wake_);
+    }
+    std::chrono::milliseconds timeout() const noexcept { return timeout_; }
     /// Fails on a channel that was shut down or closed.
     result<void> usable() const {
-        if (shut_.load(std::memory_order_relaxed)) return error(errc::io, {}, "channel was shut down");
+        if (was_shut_down()) return error(errc::io, {}, "channel was shut down");
         if (!fd_) return error(errc::io, {}, "channel is closed");
         return {};
     }
-    /// After EAGAIN, on a descriptor that was handed over as non-blocking.
-    void wait_for(short events) const noexcept {
-        pollfd poll{fd_.get(), events, 0};
-        ::poll(&poll, 1, -1);
+    /// After EAGAIN, on a pipe of ours or a descriptor that was handed over as non-blocking: until it is ready, or fails.
+    result<void> wait_for(short events, const char* what) const {
+        using clock = std::chrono::steady_clock;
+        const clock::time_point deadline = clock::now() + timeout_;
+        for (;;) {
+            int patience = -1;
+            if (timeout_.count() > 0) {
+                const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - clock::now()).count();
+                patience = static_cast<int>(std::clamp<std::int64_t>(left, 0, std::numeric_limits<int>::max()));
+            }
+            std::array<pollfd, 2> polled{{{fd_.get(), events, 0}, {wake_.get(), POLLIN, 0}}};
+            const int ready = ::poll(polled.data(), wake_ ? 2 : 1, patience);
+            if (result<void> still = usable(); !still) return still;
+            if (ready > 0) return {};
+            if (ready < 0 && errno != EINTR) return system_error("poll");
+            if (ready == 0 && clock::now() >= deadline)
+                return error(errc::io, {}, std::string(what) + ": timed out after " + std::to_string(timeout_.count()) + " ms");
+        }
     }
 
 private:
+    /// Whether it blocks belongs to the open file, which other processes may share: this one gets an open file of its own,
+    /// on the same pipe. Where that can't be had it blocks for as long as it takes.
+    void make_pollable() noexcept {
+        const int flags = ::fcntl(fd_.get(), F_GETFL);
+        if (flags < 0) return;
+        unique_fd wake(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+        char path[32];
+        std::snprintf(path, sizeof path, "/proc/self/fd/%d", fd_.get());
+        const unique_fd own(::open(path, (flags & O_ACCMODE) | O_NONBLOCK | O_CLOEXEC));
+        if (wake && own && ::dup3(own.get(), fd_.get(), O_CLOEXEC) >= 0) wake_ = std::move(wake);
+    }
+
     unique_fd fd_;
+    unique_fd wake_; ///< of a pipe that doesn't block: readable after `shutdown`
     mode_t mode_ = 0;
+    std::chrono::milliseconds timeout_{0};
     std::atomic<bool> shut_ = false;
 };
 
@@ -136,8 +180,7 @@ public:
             if (written < 0) {
                 if (errno == EINTR) continue;
                 if (errno == EAGAIN || errno == EWOULDBLOCK) {
-                    end_.wait_for(POLLOUT);
-                    if (result<void> usable = end_.usable(); !usable) return usable;
+                    if (result<void> ready = end_.wait_for(POLLOUT, "write"); !ready) return ready;
                     continue;
                 }
                 return detail::system_error("write");
@@ -154,6 +197,12 @@ public:
         return end_.close();
     }
     void shutdown() noexcept override { end_.shutdown(); }
+    /// Pipes have it.
+    bool set_timeout(std::chrono::milliseconds timeout) noexcept override { return end_.set_timeout(timeout); }
+
+protected:
+    bool was_shut_down() const noexcept { return end_.was_shut_down(); }
+    std::chrono::milliseconds timeout() const noexcept { return end_.timeout(); }
 
 private:
     ssize_t write_once(iovec* vector, std::size_t count) const noexcept {
@@ -183,8 +232,7 @@ public:
             if (got >= 0) return static_cast<std::size_t>(got);
             if (errno == EINTR) continue;
             if (errno != EAGAIN && errno != EWOULDBLOCK) return detail::system_error("read");
-            end_.wait_for(POLLIN);
-            if (result<void> usable = end_.usable(); !usable) return usable.error();
+            if (result<void> ready = end_.wait_for(POLLIN, "read"); !ready) return ready.error();
         }
     }
     std::uint64_t remaining() const noexcept override {
@@ -200,6 +248,12 @@ public:
         return {};
     }
     void shutdown() noexcept override { end_.shutdown(); }
+    /// Pipes have it.
+    bool set_timeout(std::chrono::milliseconds timeout) noexcept override { return end_.set_timeout(timeout); }
+
+protected:
+    bool was_shut_down() const noexcept { return end_.was_shut_down(); }
+    std::chrono::milliseconds timeout() const noexcept { return end_.timeout(); }
 
 private:
     detail::fd_end end_;
