@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSL-1.0
 # cmake -DROOT=include -P rooms.cmake
 # The rooms of include/vmstate/ depend downwards only, and the lower ones include nothing of an operating system.
-set(order support describe codec stream machine ram migration postcopy vhost_user)
+set(order support describe codec stream machine ram postcopy migration vhost_user)
 set(without_system support/error support/result support/endian describe codec)
 
 file(GLOB_RECURSE headers RELATIVE ${ROOT}/vmstate ${ROOT}/vmstate/*.hpp)

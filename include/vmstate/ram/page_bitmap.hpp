@@ -54,6 +54,9 @@ public:
         return (atomic(page / bits_per_word).fetch_and(~bit(page)) & bit(page)) != 0;
     }
 
+    /// Sees what the thread that set the bit atomically did before.
+    bool test_atomic(std::size_t page) const noexcept { return (load(page / bits_per_word) & bit(page)) != 0; }
+
     // ---- ranges
 
     /// How many of the pages were clear before.
@@ -71,6 +74,15 @@ public:
     /// One step per word of the range: wait-free.
     void set_range_atomic(std::size_t first, std::size_t count) noexcept {
         for_each_word(first, count, [&](std::size_t index, word mask) { atomic(index).fetch_or(mask); });
+    }
+    void clear_range_atomic(std::size_t first, std::size_t count) noexcept {
+        for_each_word(first, count, [&](std::size_t index, word mask) { atomic(index).fetch_and(~mask); });
+    }
+    /// Whether every bit of the range is set; of bits that others change meanwhile it may see some before, some after.
+    bool all_atomic(std::size_t first, std::size_t count) const noexcept {
+        bool all = true;
+        for_each_word(first, count, [&](std::size_t index, word mask) { all = all && (load(index) & mask) == mask; });
+        return all;
     }
     void clear_all() noexcept { std::fill(words_.begin(), words_.end(), word{0}); }
 
@@ -126,6 +138,14 @@ public:
         return added;
     }
 
+    /// A copy of the first `pages`, taken while other threads set bits: each is either in it or not.
+    page_bitmap copy_atomic(std::size_t pages) const {
+        page_bitmap copy(pages);
+        for (std::size_t i = 0; i < copy.words_.size(); ++i) copy.words_[i] = load(i);
+        if (pages % bits_per_word != 0) copy.words_.back() &= bit(pages) - 1;
+        return copy;
+    }
+
     friend bool operator==(const page_bitmap&, const page_bitmap&) = default;
 
 private:
@@ -133,6 +153,10 @@ private:
     static std::size_t ones(word w) noexcept { return static_cast<std::size_t>(std::popcount(w)); }
 
     std::atomic_ref<word> atomic(std::size_t index) noexcept { return std::atomic_ref<word>(words_[index]); }
+    word load(std::size_t index) const noexcept {
+        // atomic_ref takes no const before C++26; a load writes nothing.
+        return std::atomic_ref<word>(const_cast<word&>(words_[index])).load();
+    }
 
     std::size_t merge_word(std::size_t index, word w) noexcept {
         const std::size_t added = ones(w & ~words_[index]);

@@ -30,6 +30,7 @@ namespace detail {
 
 enum class memory_kind {
     private_anonymous, ///< what isn't in the page table is zero
+    private_hugetlb,   ///< huge pages without a file
     shared,            ///< others may have put something where this process's page table has nothing
     other,
 };
@@ -43,6 +44,7 @@ inline memory_kind memory_kind_of(std::span<const std::byte> memory) {
     std::uint64_t reached = begin;
     bool shared = false;
     bool is_private = false;
+    bool huge = false;
     char line[512];
     for (bool whole_line = true; reached < end && std::fgets(line, sizeof line, maps.get()) != nullptr;) {
         const bool first_part = std::exchange(whole_line, std::string_view(line).ends_with('\n'));
@@ -57,10 +59,13 @@ inline memory_kind memory_kind_of(std::span<const std::byte> memory) {
         if (from > reached) return memory_kind::other;
         if (permissions[3] == 's') shared = true;
         else if (inode == 0) is_private = true;
+        // The kernel's own file for MAP_HUGETLB without one.
+        else if (std::string_view(line).find(" /anon_hugepage (deleted)\n") != std::string_view::npos) huge = true;
         else return memory_kind::other;
         reached = to;
     }
-    if (reached < end || shared == is_private) return memory_kind::other;
+    if (reached < end || shared + is_private + huge != 1) return memory_kind::other;
+    if (huge) return memory_kind::private_hugetlb;
     return shared ? memory_kind::shared : memory_kind::private_anonymous;
 }
 
@@ -114,6 +119,7 @@ inline result<std::uint64_t> find_present_pages(std::span<const std::byte> memor
         if (file.fd < 0) break;
         if (result<void> looked = detail::find_data(file, memory.size(), found); !looked) return looked.error();
         return added;
+    case detail::memory_kind::private_hugetlb:
     case detail::memory_kind::other:
         break;
     }
@@ -127,7 +133,8 @@ inline bool is_known_to_be_zero(
     std::span<const std::byte> memory, std::size_t page_size, const ram_file& file = {}) {
     constexpr std::size_t most_bytes_read = std::size_t{64} << 20;
     const detail::memory_kind kind = detail::memory_kind_of(memory);
-    if (kind == detail::memory_kind::other || (kind == detail::memory_kind::shared && file.fd < 0)) return false;
+    if (kind != detail::memory_kind::private_anonymous && (kind != detail::memory_kind::shared || file.fd < 0))
+        return false;
     page_bitmap present(detail::block_pages(memory.size(), page_size).count());
     const result<std::uint64_t> count = find_present_pages(memory, page_size, present, file);
     if (!count || *count * page_size > most_bytes_read) return false;

@@ -27,6 +27,11 @@ namespace vmstate {
 /// Bits of UFFDIO_API's features under names of our own, since older headers lack some of them.
 namespace userfault_feature {
 inline constexpr std::uint64_t pagefault_flag_wp = 1U << 0;
+inline constexpr std::uint64_t missing_hugetlbfs = 1U << 4;   ///< Linux 4.11
+inline constexpr std::uint64_t missing_shmem = 1U << 5;       ///< Linux 4.11
+inline constexpr std::uint64_t thread_id = 1U << 8;           ///< Linux 4.14: a fault says whose it is
+inline constexpr std::uint64_t minor_hugetlbfs = 1U << 9;     ///< Linux 5.13
+inline constexpr std::uint64_t minor_shmem = 1U << 10;        ///< Linux 5.14
 inline constexpr std::uint64_t wp_hugetlbfs_shmem = 1U << 12; ///< Linux 5.19
 inline constexpr std::uint64_t wp_unpopulated = 1U << 13;     ///< Linux 6.4
 inline constexpr std::uint64_t wp_async = 1U << 15;           ///< Linux 6.7
@@ -64,18 +69,24 @@ public:
 
     int get() const noexcept { return fd_.get(); }
 
-    /// `mode`: UFFDIO_REGISTER_MODE_*. The memory is whole pages of its mappings.
-    result<void> add(std::span<std::byte> memory, std::uint64_t mode) const {
+    /// `mode`: UFFDIO_REGISTER_MODE_*. The memory is whole pages of its mappings. The calls that are possible there: bit
+    /// _UFFDIO_ZEROPAGE and so on.
+    result<std::uint64_t> register_memory(std::span<std::byte> memory, std::uint64_t mode) const {
         uffdio_register arguments{};
         arguments.range = range_of(memory);
         arguments.mode = mode;
         if (::ioctl(get(), UFFDIO_REGISTER, &arguments) != 0) return failure("UFFDIO_REGISTER");
-        if ((mode & UFFDIO_REGISTER_MODE_WP) != 0 &&
-            (arguments.ioctls & std::uint64_t{1} << _UFFDIO_WRITEPROTECT) == 0)
+        return std::uint64_t{arguments.ioctls};
+    }
+    /// The same, where the calls that `mode` needs have to be possible.
+    result<void> add(std::span<std::byte> memory, std::uint64_t mode) const {
+        const result<std::uint64_t> calls = register_memory(memory, mode);
+        if (!calls) return calls.error();
+        if ((mode & UFFDIO_REGISTER_MODE_WP) != 0 && (*calls & std::uint64_t{1} << _UFFDIO_WRITEPROTECT) == 0)
             return error(errc::unsupported, {}, "no write-protection for this kind of memory");
         return {};
     }
-    /// Ends protection and wakes who waits for it.
+    /// Ends faults and protection, and wakes who waits for them.
     result<void> remove(std::span<std::byte> memory) const {
         uffdio_range range = range_of(memory);
         if (::ioctl(get(), UFFDIO_UNREGISTER, &range) != 0) return failure("UFFDIO_UNREGISTER");
@@ -90,6 +101,36 @@ public:
             // Another thread changes the process's mappings just now.
             if (errno != EAGAIN && errno != EINTR) return failure("UFFDIO_WRITEPROTECT");
         }
+        return {};
+    }
+
+    /// Fills missing pages at `target` with those at `from`, and wakes who waits for them; each appears at once, in full.
+    /// How many bytes were placed: fewer than asked for where the page behind them was there already; nobody is woken
+    /// for that one. Both are whole pages of the mapping at `target`.
+    result<std::size_t> copy(std::span<std::byte> target, const std::byte* from) const {
+        return place(target, [&](std::span<std::byte> rest, std::size_t done) {
+            uffdio_copy arguments{};
+            arguments.dst = reinterpret_cast<std::uintptr_t>(rest.data());
+            arguments.src = reinterpret_cast<std::uintptr_t>(from + done);
+            arguments.len = rest.size();
+            const int failed = ::ioctl(get(), UFFDIO_COPY, &arguments);
+            return step{failed == 0 ? 0 : errno, std::int64_t{arguments.copy}, "UFFDIO_COPY"};
+        });
+    }
+    /// The same with zeros, without memory behind them. Not for hugetlb.
+    result<std::size_t> zero(std::span<std::byte> target) const {
+        return place(target, [&](std::span<std::byte> rest, std::size_t) {
+            uffdio_zeropage arguments{};
+            arguments.range = range_of(rest);
+            const int failed = ::ioctl(get(), UFFDIO_ZEROPAGE, &arguments);
+            return step{failed == 0 ? 0 : errno, std::int64_t{arguments.zeropage}, "UFFDIO_ZEROPAGE"};
+        });
+    }
+    /// Lets the threads that wait in `memory` try again.
+    result<void> wake(std::span<std::byte> memory) const {
+        uffdio_range range = range_of(memory);
+        while (::ioctl(get(), UFFDIO_WAKE, &range) != 0)
+            if (errno != EAGAIN && errno != EINTR) return failure("UFFDIO_WAKE");
         return {};
     }
 
@@ -117,6 +158,24 @@ private:
             fd = static_cast<int>(::syscall(SYS_userfaultfd, flags | 1)); // UFFD_USER_MODE_ONLY, Linux 5.11
         if (fd < 0) return failure("userfaultfd");
         return userfault(unique_fd(fd));
+    }
+    /// What one call did: the kernel counts the bytes, or has -errno there where there are none.
+    struct step {
+        int number;
+        std::int64_t placed;
+        std::string_view call;
+    };
+    template <class Call>
+    static result<std::size_t> place(std::span<std::byte> target, Call call) {
+        std::size_t done = 0;
+        while (done < target.size()) {
+            const step now = call(target.subspan(done), done);
+            if (now.placed > 0) done += static_cast<std::size_t>(now.placed);
+            if (now.number == EEXIST) return done;
+            // Some of it was placed, or another thread changes the process's mappings just now.
+            if (now.number != 0 && now.number != EAGAIN && now.number != EINTR) return failure(now.call, now.number);
+        }
+        return done;
     }
     static uffdio_range range_of(std::span<std::byte> memory) noexcept {
         return {reinterpret_cast<std::uintptr_t>(memory.data()), memory.size()};

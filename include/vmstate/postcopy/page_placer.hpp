@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// Puts pages into memory that is registered with a userfaultfd, so that each host page appears at once and in full, and
+// who waits for it goes on. Depends on received_pages.hpp and ram/userfault.hpp.
+#pragma once
+
+#include <linux/userfaultfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <vmstate/postcopy/received_pages.hpp>
+#include <vmstate/ram/userfault.hpp>
+#include <vmstate/support/result.hpp>
+
+namespace vmstate {
+
+namespace detail {
+
+/// Memory that belongs to nobody's guest: for pages that aren't complete yet.
+class scratch_memory {
+public:
+    scratch_memory() noexcept = default;
+    scratch_memory(scratch_memory&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
+    scratch_memory& operator=(scratch_memory&& other) noexcept {
+        std::swap(bytes_, other.bytes_);
+        return *this;
+    }
+    ~scratch_memory() {
+        if (!bytes_.empty()) ::munmap(bytes_.data(), bytes_.size());
+    }
+    /// `size` bytes, zero until they are written.
+    static result<scratch_memory> map(std::size_t size) {
+        void* const address =
+            ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (address == MAP_FAILED) return userfault::failure("mmap");
+        scratch_memory mapped;
+        mapped.bytes_ = {static_cast<std::byte*>(address), size};
+        return mapped;
+    }
+    std::span<std::byte> span() const noexcept { return bytes_; }
+
+private:
+    std::span<std::byte> bytes_;
+};
+
+} // namespace detail
+
+/// `start()` comes first and once; then any thread places. A page that is there already stays as it is: the same page may
+/// be placed by two channels, and the first wins. What `on_placed` calls happens on the thread that placed.
+class page_placer {
+public:
+    /// A host page of `block` has come, and is marked as received.
+    using placed_function = std::function<void(ram_block& block, std::uint64_t offset, std::uint64_t size)>;
+
+    /// `received` has the blocks, and outlives this.
+    explicit page_placer(received_pages& received) noexcept : received_(received) {}
+    page_placer(const page_placer&) = delete;
+    page_placer& operator=(const page_placer&) = delete;
+
+    /// Tells `who` of each page. Before `start`.
+    void on_placed(placed_function who) { listeners_.push_back(std::move(who)); }
+
+    /// Opens the userfaultfd and registers the part of each block that is in use: from here on who touches a missing page
+    /// waits until it is placed, or until this is gone.
+    result<void> start() {
+        const result<std::uint64_t> supported = userfault::supported_features();
+        if (!supported) return supported.error();
+        thread_ids_ = (*supported & userfault_feature::thread_id) != 0;
+        result<userfault> opened = userfault::open(userfault_scope::user_and_kernel,
+            *supported & (userfault_feature::thread_id | userfault_feature::missing_hugetlbfs |
+                             userfault_feature::missing_shmem));
+        if (!opened) return opened.error();
+        result<void> done;
+        std::uint64_t largest = 0;
+        received_.for_each_block([&](const ram_block& block) {
+            if (!done || block.used_length == 0) return;
+            const result<std::uint64_t> calls = opened->register_memory(block.used(), UFFDIO_REGISTER_MODE_MISSING);
+            if (!calls) done = std::move(error(calls.error()).within(block.name));
+            else if ((*calls & std::uint64_t{1} << _UFFDIO_ZEROPAGE) == 0) {
+                without_zero_page_.push_back(&block);
+                largest = std::max(largest, block.options.host_page_size);
+            }
+        });
+        if (!done) return done;
+        if (largest != 0) {
+            // Never written, so that there is no more behind it than the kernel's page of zeros.
+            result<detail::scratch_memory> zeros = detail::scratch_memory::map(static_cast<std::size_t>(largest));
+            if (!zeros) return zeros.error();
+            zeros_ = std::move(*zeros);
+        }
+        fault_.emplace(std::move(*opened));
+        return {};
+    }
+    /// After `start`.
+    const userfault& fault() const noexcept { return *fault_; }
+    received_pages& received() const noexcept { return received_; }
+    /// Whether faults say which thread they stopped.
+    bool has_thread_ids() const noexcept { return thread_ids_; }
+
+    /// Places the host page at `offset` with what is at `from`, outside of guest memory.
+    result<void> place(ram_block& block, std::uint64_t offset, const std::byte* from) {
+        if (result<void> done = copy(host_page(block, offset), block, from); !done) return done;
+        return arrived(block, offset);
+    }
+    /// The same for a page of zeros, without memory behind it where the kernel can.
+    result<void> place_zero(ram_block& block, std::uint64_t offset) {
+        if (result<void> done = zero(block, offset); !done) return done;
+        return arrived(block, offset);
+    }
+    /// Who waits in a page that was received goes on. A page of zeros that came in precopy needn't ever have come into
+    /// being: then it does now.
+    result<void> settle(ram_block& block, std::uint64_t offset) {
+        if (result<void> done = zero(block, offset); !done) return done;
+        return fault_->wake(host_page(block, offset));
+    }
+
+private:
+    static std::span<std::byte> host_page(const ram_block& block, std::uint64_t offset) noexcept {
+        return block.page(offset, static_cast<std::size_t>(block.options.host_page_size));
+    }
+    bool has_zero_page(const ram_block& block) const noexcept {
+        return std::find(without_zero_page_.begin(), without_zero_page_.end(), &block) == without_zero_page_.end();
+    }
+    result<void> zero(ram_block& block, std::uint64_t offset) {
+        const std::span<std::byte> page = host_page(block, offset);
+        if (!has_zero_page(block)) return copy(page, block, zeros_.span().data());
+        return each_step(page, block, [&](std::span<std::byte> rest, std::size_t) { return fault_->zero(rest); });
+    }
+    result<void> copy(std::span<std::byte> page, const ram_block& block, const std::byte* from) {
+        return each_step(
+            page, block, [&](std::span<std::byte> rest, std::size_t done) { return fault_->copy(rest, from + done); });
+    }
+    /// `call` stops short at what is there already. That is the whole page, unless the memory has smaller pages than the
+    /// source's: a block that came with a stream has.
+    template <class Call>
+    result<void> each_step(std::span<std::byte> page, const ram_block& block, Call call) {
+        const std::size_t unit = has_zero_page(block) ? small_page_ : page.size();
+        for (std::size_t done = 0; done < page.size();) {
+            const result<std::size_t> placed = call(page.subspan(done), done);
+            if (!placed) return std::move(error(placed.error()).within(block.name));
+            done += *placed;
+            if (done == page.size()) break;
+            if (result<void> woken = fault_->wake(page.subspan(done, unit)); !woken) return woken;
+            done += unit;
+        }
+        return {};
+    }
+    result<void> arrived(ram_block& block, std::uint64_t offset) {
+        // After the page: who sees the mark finds it. Before the listeners: one that looks at the mark while it notes a
+        // request either sees it, or is told.
+        received_.mark(block, offset, block.options.host_page_size);
+        for (const placed_function& tell : listeners_) tell(block, offset, block.options.host_page_size);
+        return {};
+    }
+
+    received_pages& received_;
+    std::vector<placed_function> listeners_;
+    std::optional<userfault> fault_;
+    bool thread_ids_ = false;
+    const std::size_t small_page_ = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    std::vector<const ram_block*> without_zero_page_; // hugetlb
+    detail::scratch_memory zeros_;
+};
+
+} // namespace vmstate
