@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// The thread that hears of threads that stopped at a missing page, ours and those of processes that share the memory, and
+// asks for their pages. Depends on page_placer.hpp, page_requests.hpp, statistics.hpp and Linux.
+#pragma once
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <vmstate/postcopy/page_placer.hpp>
+#include <vmstate/postcopy/page_requests.hpp>
+#include <vmstate/postcopy/received_pages.hpp>
+#include <vmstate/postcopy/statistics.hpp>
+#include <vmstate/support/result.hpp>
+#include <vmstate/support/unique_fd.hpp>
+
+namespace vmstate {
+
+/// It never touches guest memory, and waits for nothing but the return path: a page that it needed itself would never
+/// come.
+class fault_thread {
+public:
+    /// Another process's userfaultfd for memory that it shares with us.
+    struct client {
+        int fd = -1; ///< stays its owner's; made non-blocking
+        /// Where an address of that process lies; none for one outside of guest memory. On the fault thread.
+        std::function<std::optional<ram_address>(std::uint64_t address)> translate;
+        /// Lets its threads that wait in the host page at `where` go on: UFFDIO_WAKE on `fd`. On the fault thread; pages
+        /// that come later are `page_placer::on_placed`'s to tell.
+        std::function<result<void>(const ram_address& where)> wake;
+    };
+    /// On the fault thread: what it could not do. A request that couldn't be sent stays wanted, and the thread goes on.
+    using failure_function = std::function<void(const error& why)>;
+
+    /// All three have to outlive this. `placer`, which isn't started yet, tells the others of each page from here on.
+    fault_thread(page_placer& placer, page_requests& requests, postcopy_statistics& statistics, failure_function on_failure)
+        : placer_(placer), requests_(requests), statistics_(statistics), on_failure_(std::move(on_failure)) {
+        placer_.on_placed([&requests, &statistics](ram_block& block, std::uint64_t offset, std::uint64_t) {
+            statistics.placed(block, offset, postcopy_statistics::clock::now());
+            requests.placed(block, offset);
+        });
+    }
+    fault_thread(const fault_thread&) = delete;
+    fault_thread& operator=(const fault_thread&) = delete;
+    ~fault_thread() { stop(); }
+
+    /// After `page_placer::start`. Faults that happened since are seen, too.
+    result<void> start() {
+        if (thread_.joinable()) return error(errc::invalid_argument, "a fault thread that isn't started yet");
+        wake_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+        if (!wake_) return userfault::failure("eventfd");
+        {
+            const std::lock_guard lock(clients_mutex_);
+            ending_ = false;
+        }
+        try {
+            thread_ = std::thread([this] { serve(); });
+        } catch (const std::system_error& refused) {
+            return error(errc::io, {}, std::string("thread: ") + refused.what());
+        }
+        return {};
+    }
+    /// Harmless twice. Who waits for a page then waits on: end this when every page is there. A request that is being
+    /// sent is waited for.
+    void stop() {
+        if (!thread_.joinable()) return;
+        {
+            const std::lock_guard lock(clients_mutex_);
+            ending_ = true;
+        }
+        poke();
+        thread_.join();
+    }
+
+    /// Hears of another process's faults from now on; a number for `remove`.
+    result<unsigned> add(client other) {
+        const int flags = ::fcntl(other.fd, F_GETFL);
+        // One that blocks can't be polled: the kernel calls that an error.
+        if (flags < 0 || ::fcntl(other.fd, F_SETFL, flags | O_NONBLOCK) < 0) return userfault::failure("fcntl");
+        unsigned number = 0;
+        {
+            const std::lock_guard lock(clients_mutex_);
+            number = ++last_number_;
+            clients_.push_back({number, std::move(other)});
+        }
+        poke();
+        return number;
+    }
+    /// Its descriptor is not used after this. Harmless for one that is gone. Not from a client's functions.
+    void remove(unsigned number) {
+        {
+            const std::lock_guard lock(clients_mutex_);
+            std::erase_if(clients_, [&](const numbered_client& one) { return one.number == number; });
+        }
+        poke();
+    }
+
+private:
+    struct numbered_client {
+        unsigned number;
+        client who;
+    };
+    using clock = postcopy_statistics::clock;
+
+    void poke() const noexcept {
+        const std::uint64_t one = 1;
+        while (wake_ && ::write(wake_.get(), &one, sizeof one) < 0 && errno == EINTR) {
+        }
+    }
+
+    /// The thread. Owns nothing; takes `clients_mutex_` for each round of faults, and what placing and asking take.
+    void serve() {
+        std::vector<pollfd> events;
+        std::vector<unsigned> numbers; // of the clients in `events`, behind the first two
+        for (;;) {
+            events.assign({{wake_.get(), POLLIN, 0}, {placer_.fault().get(), POLLIN, 0}});
+            numbers.clear();
+            {
+                const std::lock_guard lock(clients_mutex_);
+                if (ending_) return;
+                for (const numbered_client& one : clients_) {
+                    events.push_back({one.who.fd, POLLIN, 0});
+                    numbers.push_back(one.number);
+                }
+            }
+            if (::poll(events.data(), events.size(), -1) < 0) {
+                if (errno == EINTR) continue;
+                return fail(userfault::failure("poll"));
+            }
+            if (events[0].revents != 0) {
+                std::uint64_t count = 0;
+                (void)!::read(wake_.get(), &count, sizeof count);
+            }
+            if (events[1].revents != 0 && !serve_own(events[1].revents)) return;
+            if (numbers.empty()) continue;
+            const std::lock_guard lock(clients_mutex_);
+            for (std::size_t i = 0; i < numbers.size(); ++i)
+                if (events[2 + i].revents != 0) serve_client(numbers[i], events[2 + i].revents);
+        }
+    }
+
+    /// False where nothing more can be heard of.
+    bool serve_own(short revents) {
+        if ((revents & ~POLLIN) != 0) {
+            fail(error(errc::io, "userfaultfd ready to read", "poll says " + std::to_string(revents)));
+            return false;
+        }
+        result<void> done = read_faults(placer_.fault().get(), [&](std::uint64_t address, std::uint32_t thread_id, clock::time_point now) {
+            const std::optional<ram_address> where = placer_.received().locate(address);
+            if (!where) return fail(error(errc::bad_ram, "a fault in guest memory", "one at " + std::to_string(address)));
+            serve_fault(*where, placer_.has_thread_ids() ? thread_id : 0, now, nullptr);
+        });
+        if (!done) fail(done.error());
+        return static_cast<bool>(done);
+    }
+    /// Under `clients_mutex_`.
+    void serve_client(unsigned number, short revents) {
+        const auto found = std::find_if(
+            clients_.begin(), clients_.end(), [&](const numbered_client& one) { return one.number == number; });
+        if (found == clients_.end()) return;
+        const client& who = found->who;
+        result<void> done = (revents & ~POLLIN) != 0
+                                ? result<void>(error(errc::io, "a client's userfaultfd ready to read",
+                                      "poll says " + std::to_string(revents)))
+                                : read_faults(who.fd, [&](std::uint64_t address, std::uint32_t, clock::time_point now) {
+                                      const std::optional<ram_address> where = who.translate(address);
+                                      if (!where)
+                                          return fail(error(errc::bad_ram, "a client's fault in guest memory",
+                                              "one at " + std::to_string(address)));
+                                      serve_fault(*where, 0, now, &who);
+                                  });
+        if (done) return;
+        // It would be ready again at once, for ever.
+        fail(done.error());
+        clients_.erase(found);
+    }
+
+    /// What is there, a batch at a time; calls `found(address, thread_id, now)` for each fault.
+    template <class Found>
+    static result<void> read_faults(int fd, Found found) {
+        std::array<uffd_msg, 64> messages;
+        for (;;) {
+            const ssize_t got = ::read(fd, messages.data(), sizeof messages);
+            if (got < 0) {
+                if (errno == EINTR) continue;
+                if (errno == EAGAIN) return {};
+                return userfault::failure("read from userfaultfd");
+            }
+            const std::size_t count = static_cast<std::size_t>(got) / sizeof(uffd_msg);
+            const clock::time_point now = clock::now();
+            for (std::size_t i = 0; i < count; ++i)
+                if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+                    found(messages[i].arg.pagefault.address, messages[i].arg.pagefault.feat.ptid, now);
+            if (count < messages.size()) return {};
+        }
+    }
+
+    void serve_fault(ram_address where, std::uint32_t thread_id, clock::time_point now, const client* who) {
+        ram_block& block = *where.block;
+        where.offset -= where.offset % block.options.host_page_size;
+        statistics_.fault(thread_id, block, where.offset, now);
+        const result<page_request_outcome> asked = requests_.request(block, where.offset);
+        if (!asked) return fail(asked.error());
+        if (*asked != page_request_outcome::already_received) return;
+        // Placing it woke who was waiting then, in this process. A page that is zero, and that precopy or the guest left
+        // without memory, is made now.
+        result<void> settled = placer_.settle(block, where.offset);
+        if (settled && who != nullptr) settled = who->wake(where);
+        statistics_.already_received(block, where.offset, clock::now());
+        if (!settled) fail(settled.error());
+    }
+
+    void fail(const error& why) const {
+        if (on_failure_) on_failure_(why);
+    }
+
+    page_placer& placer_;
+    page_requests& requests_;
+    postcopy_statistics& statistics_;
+    failure_function on_failure_;
+    unique_fd wake_;
+    std::thread thread_;
+
+    std::mutex clients_mutex_; // below; held while a client's faults are served
+    bool ending_ = false;
+    std::vector<numbered_client> clients_;
+    unsigned last_number_ = 0;
+};
+
+} // namespace vmstate
