@@ -64,7 +64,9 @@ public:
             if (waits != waiting_.end()) {
                 // A signal made it try again: it still waits.
                 if (waits->block == &block && waits->offset == offset) return;
+                // It goes on already, and who placed the page hasn't come to say so.
                 leave(*waits, when);
+                count(since(waits->begin, when));
                 waiting_.erase(waits);
             }
         }
