@@ -56,13 +56,10 @@ public:
     /// Wants the host page at `offset`. An error is the connection's, and disconnects: the page stays wanted.
     result<page_request_outcome> request(ram_block& block, std::uint64_t offset) {
         const std::lock_guard lock(requests_mutex_);
-        const auto [place, added] = wanted_.emplace(&block, offset);
-        if (!added) return page_request_outcome::asked_before;
-        // Behind the note: a page that comes now either is seen here, or `placed` takes the note away.
-        if (received_.has(block, offset, block.options.host_page_size)) {
-            wanted_.erase(place);
-            return page_request_outcome::already_received;
-        }
+        // Whoever places pages marks this one before `placed` takes the lock: it is seen here, or `placed` and the others
+        // that are told come later. Also where it is wanted already: they may be on their way.
+        if (received_.has(block, offset, block.options.host_page_size)) return page_request_outcome::already_received;
+        if (!wanted_.emplace(&block, offset).second) return page_request_outcome::asked_before;
         if (!send_) return page_request_outcome::kept;
         if (result<void> sent = send_locked(block, offset); !sent) return sent.error();
         return page_request_outcome::asked;
