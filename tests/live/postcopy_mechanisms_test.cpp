@@ -2,6 +2,7 @@
 // Postcopy's mechanisms with real memory and real faults: threads play the guest and touch what isn't there, other threads
 // play the source. Anonymous memory, a memfd, huge pages of both kinds.
 #include <support/catch.hpp>
+#include <support/huge_pages.hpp>
 
 #include <vmstate/codec/writer.hpp>
 #include <vmstate/machine/ram_memory.hpp>
@@ -48,40 +49,13 @@
 using namespace vmstate;
 using namespace std::chrono_literals;
 using vmstate::tests::contains;
+using vmstate::tests::huge_pages;
 using vmstate::tests::skip;
 
 namespace {
 
 constexpr std::size_t page_size = 4096;
 constexpr std::uint64_t huge = std::uint64_t{2} << 20;
-
-/// As many more huge pages as a test needs, given back at the end.
-class huge_pages {
-public:
-    explicit huge_pages(long count) : before_(read()) {
-        if (before_ < 0) return;
-        write(before_ + count);
-        enough_ = read() >= before_ + count;
-    }
-    huge_pages(const huge_pages&) = delete;
-    huge_pages& operator=(const huge_pages&) = delete;
-    ~huge_pages() {
-        if (before_ >= 0) write(before_);
-    }
-    bool enough() const { return enough_; }
-
-private:
-    static constexpr const char* file = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-    static long read() {
-        long count = -1;
-        std::ifstream(file) >> count;
-        return count;
-    }
-    static void write(long count) { std::ofstream(file) << count; }
-
-    long before_;
-    bool enough_ = false;
-};
 
 enum class kind { anonymous, memfd, huge_anonymous, huge_memfd };
 

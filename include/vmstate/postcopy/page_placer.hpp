@@ -120,10 +120,7 @@ public:
     }
     /// Who waits in a page that was received goes on. A page of zeros that came in precopy needn't ever have come into
     /// being: then it does now.
-    result<void> settle(ram_block& block, std::uint64_t offset) {
-        if (result<void> done = zero(block, offset); !done) return done;
-        return fault_->wake(host_page(block, offset));
-    }
+    result<void> settle(ram_block& block, std::uint64_t offset) { return zero(block, offset); }
 
 private:
     static std::span<std::byte> host_page(const ram_block& block, std::uint64_t offset) noexcept {
@@ -141,7 +138,7 @@ private:
         return each_step(
             page, block, [&](std::span<std::byte> rest, std::size_t done) { return fault_->copy(rest, from + done); });
     }
-    /// `call` stops short at what is there already. That is the whole page, unless the memory has smaller pages than the
+    /// `call` stops short at what is there already: who waits for that is woken here. It is the whole page, unless the memory has smaller pages than the
     /// source's: a block that came with a stream has.
     template <class Call>
     result<void> each_step(std::span<std::byte> page, const ram_block& block, Call call) {
