@@ -64,7 +64,7 @@ public:
         sender_.reset();
         channel_ = std::move(channel);
         channel_->set_timeout(60s);
-        way_back_ = std::move(channel_->get_return_path().value());
+        way_back_ = channel_->get_return_path().value();
         sender_.emplace(*way_back_);
         reader_.emplace(*channel_);
     }
@@ -345,7 +345,7 @@ TEST_CASE("a QEMU's guest memory arrives in postcopy, by its own stream and by o
     wait_status(source, "active");
     source.execute("migrate-start-postcopy");
     ram_destination destination;
-    destination.connect(std::move(listener->accept().value()));
+    destination.connect(listener->accept().value());
     destination.read_header();
     REQUIRE(destination.read_items(~std::size_t{0}));
     destination.finish();
@@ -372,7 +372,7 @@ TEST_CASE("a QEMU goes on after the connection was cut, with what our bitmaps sa
     wait_status(source, "active");
     source.execute("migrate-start-postcopy");
     ram_destination destination;
-    destination.connect(std::move(listener->accept().value()));
+    destination.connect(listener->accept().value());
     destination.read_header();
     std::size_t cuts = 0;
     for (const std::size_t pages : {std::size_t{1}, std::size_t{200}, std::size_t{777}, ~std::size_t{0}}) {
@@ -380,7 +380,7 @@ TEST_CASE("a QEMU goes on after the connection was cut, with what our bitmaps sa
         ++cuts;
         wait_status(source, "postcopy-paused");
         source.execute("migrate", {{"uri", listener->uri()}, {"resume", true}});
-        destination.connect(std::move(listener->accept().value()));
+        destination.connect(listener->accept().value());
     }
     CHECK(cuts == 3);
     destination.finish();

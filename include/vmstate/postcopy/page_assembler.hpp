@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // From a channel's records, one per target page, to host pages: they come back to back and ascending, and the page is
-// placed when its last record is there. Depends on page_placer.hpp, machine/ram_records.hpp and codec/reader.hpp.
+// placed when its last record is there. Depends on page_placer.hpp, ram/page_bitmap.hpp, machine/ram_records.hpp and
+// codec/reader.hpp.
 #pragma once
+
+#include <sys/mman.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <span>
 #include <string>
 #include <utility>
 
@@ -15,11 +17,17 @@
 #include <vmstate/machine/ram_block.hpp>
 #include <vmstate/machine/ram_records.hpp>
 #include <vmstate/postcopy/page_placer.hpp>
+#include <vmstate/ram/page_bitmap.hpp>
 #include <vmstate/support/result.hpp>
 
 namespace vmstate {
 
 /// One per channel, used by the thread that reads it.
+///
+/// After a recovery one host page at a time may come in parts, in any order and with others between them. A QEMU before
+/// the requests' queue was changed keeps what was left of the request that it served when the connection broke: it sends
+/// that rest of a huge page first, and the beginning when it comes to it. QEMU's own destination counts target pages
+/// there.
 class page_assembler {
 public:
     /// `placer` has to outlive this.
@@ -35,16 +43,31 @@ public:
     }
     /// Whether a host page has begun and isn't complete. Not at the end of a section: a source may turn to another
     /// channel's page in the middle of a huge one. At the end of the stream it is an error.
-    bool has_part() const noexcept { return block_ != nullptr; }
+    bool has_part() const noexcept { return current_.block != nullptr || aside_.block != nullptr; }
     result<void> check_complete() const {
         if (!has_part()) return {};
-        return std::move(error(errc::bad_ram, "the rest of the host page at " + std::to_string(start_), "the end")
-                             .within(block_->name));
+        const part& left = current_.block != nullptr ? current_ : aside_;
+        return std::move(error(errc::bad_ram, "the rest of the host page at " + std::to_string(left.start), "the end")
+                             .within(left.block->name));
     }
-    /// Forgets a page that isn't complete: the connection is gone.
-    void drop() noexcept { block_ = nullptr; }
+    /// Forgets what isn't complete: the connection is gone, and a recovery follows.
+    void drop() noexcept {
+        current_.block = aside_.block = nullptr;
+        may_put_aside_ = recovered_ = true;
+    }
 
 private:
+    /// A host page that isn't complete.
+    struct part {
+        ram_block* block = nullptr; // none
+        std::uint64_t start = 0;
+        page_bitmap filled;    // target pages that came
+        bool all_zero = true;  // so far; then `memory` holds nothing yet
+        detail::scratch_memory memory;
+
+        bool is_at(const ram_block& other, std::uint64_t offset) const noexcept { return block == &other && start == offset; }
+    };
+
     result<void> take(reader& in, const ram_record& record, ram_block& block) {
         if (record.kind != ram_record_kind::page && record.kind != ram_record_kind::zero)
             return error(errc::bad_ram, "PAGE or ZERO in postcopy", std::string(to_string(record.kind)));
@@ -52,76 +75,103 @@ private:
         if (block.used_length < page_size_ || offset > block.used_length - page_size_)
             return error(errc::bad_ram, "a page within " + std::to_string(block.used_length) + " bytes",
                 "offset " + std::to_string(offset));
-        if (result<void> fits = has_part() ? continues(block, offset) : begins(block, offset); !fits) return fits;
-
-        const bool zero = record.kind == ram_record_kind::zero && record.fill == 0;
-        const bool whole = block.options.host_page_size == page_size_;
-        if (whole && zero) return placer_.place_zero(block, offset);
-        if (whole && record.kind == ram_record_kind::page && in.window() >= page_size_) {
-            const std::byte* const payload = in.cursor();
-            in.seek(payload + page_size_);
-            return placer_.place(block, offset, payload);
+        const std::uint64_t start = offset - offset % block.options.host_page_size;
+        if (!current_.is_at(block, start)) {
+            if (result<void> turned = turn_to(block, start, offset); !turned) return turned;
+        } else if (!recovered_ && offset != next()) {
+            return out_of_order(offset);
         }
-        if (result<void> room = make_room(block); !room) return room;
-        if (result<void> added = add(in, record, block, zero); !added) return drop_after(added);
-        if (offset + page_size_ < start_ + block.options.host_page_size) return {};
-        block_ = nullptr;
-        return all_zero_ ? placer_.place_zero(block, start_) : placer_.place(block, start_, part_.span().data());
+        const bool zero = record.kind == ram_record_kind::zero && record.fill == 0;
+        if (block.options.host_page_size == page_size_) {
+            if (zero) return placer_.place_zero(block, offset);
+            if (record.kind == ram_record_kind::page && in.window() >= page_size_) {
+                const std::byte* const payload = in.cursor();
+                in.seek(payload + page_size_);
+                return placer_.place(block, offset, payload);
+            }
+        }
+        if (current_.block == nullptr)
+            if (result<void> begun = begin(block, start); !begun) return begun;
+        if (result<void> added = add(in, record, zero); !added) {
+            current_.block = nullptr;
+            return added;
+        }
+        if (current_.filled.count() != current_.filled.size()) return {};
+        current_.block = nullptr;
+        return current_.all_zero ? placer_.place_zero(block, start)
+                                 : placer_.place(block, start, current_.memory.span().data());
     }
 
-    result<void> continues(const ram_block& block, std::uint64_t offset) const {
-        if (&block == block_ && offset == next_) return {};
-        return error(errc::bad_ram,
-            "the page at " + std::to_string(next_) + " of " + block_->name + ", whose host page isn't complete",
-            "the one at " + std::to_string(offset));
-    }
-    static result<void> begins(const ram_block& block, std::uint64_t offset) {
-        if (offset % block.options.host_page_size == 0) return {};
+    /// From the host page that has begun, if there is one, to another.
+    result<void> turn_to(const ram_block& block, std::uint64_t start, std::uint64_t offset) {
+        if (current_.block != nullptr) {
+            if (!may_put_aside_ && !aside_.is_at(block, start)) return out_of_order(offset);
+            may_put_aside_ = false;
+            std::swap(current_, aside_);
+            if (current_.is_at(block, start)) return {};
+        } else if (aside_.is_at(block, start)) {
+            std::swap(current_, aside_);
+            return {};
+        }
+        if (offset == start || recovered_) return {};
         return error(errc::bad_ram,
             "the first page of a host page of " + std::to_string(block.options.host_page_size) + " bytes",
             "the one at " + std::to_string(offset));
     }
-    result<void> make_room(const ram_block& block) {
+    error out_of_order(std::uint64_t offset) const {
+        return error(errc::bad_ram,
+            "the page at " + std::to_string(next()) + " of " + current_.block->name + ", whose host page isn't complete",
+            "the one at " + std::to_string(offset));
+    }
+    /// The target page that follows those that came.
+    std::uint64_t next() const noexcept {
+        std::size_t page = 0;
+        for (page_run run = current_.filled.find_next_run(0); run.count != 0;
+             run = current_.filled.find_next_run(run.first + run.count))
+            page = run.first + run.count;
+        return current_.start + page * std::uint64_t{page_size_};
+    }
+
+    result<void> begin(ram_block& block, std::uint64_t start) {
         const auto size = static_cast<std::size_t>(block.options.host_page_size);
-        if (part_.span().size() >= size) return {};
-        result<detail::scratch_memory> larger = detail::scratch_memory::map(size);
-        if (!larger) return larger.error();
-        if (size > page_size_) (void)::madvise(larger->span().data(), size, MADV_HUGEPAGE);
-        part_ = std::move(*larger);
+        if (current_.memory.span().size() < size) {
+            result<detail::scratch_memory> larger = detail::scratch_memory::map(size);
+            if (!larger) return larger.error();
+            if (size > page_size_) (void)::madvise(larger->span().data(), size, MADV_HUGEPAGE);
+            current_.memory = std::move(*larger);
+        }
+        const std::size_t pages = size / page_size_;
+        if (current_.filled.size() == pages) current_.filled.clear_all();
+        else current_.filled = page_bitmap(pages);
+        current_.block = &block;
+        current_.start = start;
+        current_.all_zero = true;
         return {};
     }
-    result<void> add(reader& in, const ram_record& record, ram_block& block, bool zero) {
-        if (!has_part()) {
-            block_ = &block;
-            start_ = record.value;
-            all_zero_ = true;
+    result<void> add(reader& in, const ram_record& record, bool zero) {
+        const std::uint64_t within = record.value - current_.start;
+        const auto page = static_cast<std::size_t>(within / page_size_);
+        std::byte* const memory = current_.memory.span().data();
+        std::byte* const to = memory + within;
+        if (!zero && current_.all_zero) {
+            // As long as there was nothing else the memory was left alone.
+            current_.all_zero = false;
+            for (page_run run = current_.filled.find_next_run(0); run.count != 0;
+                 run = current_.filled.find_next_run(run.first + run.count))
+                std::memset(memory + run.first * page_size_, 0, run.count * page_size_);
         }
-        next_ = record.value + page_size_;
-        const auto within = static_cast<std::size_t>(record.value - start_);
-        std::byte* const to = part_.span().data() + within;
-        if (zero) {
-            // As long as there is nothing else the memory is left alone.
-            if (!all_zero_) std::memset(to, 0, page_size_);
-            return {};
-        }
-        if (all_zero_) std::memset(part_.span().data(), 0, within);
-        all_zero_ = false;
-        if (record.kind == ram_record_kind::zero) std::memset(to, record.fill, page_size_);
-        else if (!in.read(to, page_size_)) return in.failure();
+        current_.filled.set(page);
+        if (record.kind == ram_record_kind::page) return in.read(to, page_size_) ? result<void>() : in.failure();
+        if (!current_.all_zero) std::memset(to, record.fill, page_size_);
         return {};
-    }
-    result<void> drop_after(result<void>& failed) noexcept {
-        drop();
-        return std::move(failed);
     }
 
     page_placer& placer_;
     std::size_t page_size_;
-    detail::scratch_memory part_;
-    ram_block* block_ = nullptr; // whose host page has begun
-    std::uint64_t start_ = 0;    // of the host page
-    std::uint64_t next_ = 0;     // the record that comes next
-    bool all_zero_ = true;       // so far; then `part_` holds nothing yet
+    part current_;
+    part aside_;                 // the one that comes in parts
+    bool recovered_ = false;     // a source may have the rest of a request left
+    bool may_put_aside_ = false; // and it wasn't seen yet
 };
 
 } // namespace vmstate
