@@ -55,6 +55,17 @@ struct parameters {
     /// At the destination: asks for huge pages behind memory of small ones before it is filled (madvise's MADV_HUGEPAGE, as
     /// QEMU does for its RAM). What the first touch of small pages costs may be half of the transfer.
     bool advise_huge_pages = true;
+    /// The migration may go on in postcopy, when `source::start_postcopy()` says so (`postcopy-ram`); on both sides alike.
+    /// Needs a return path, and at the destination memory and a kernel that are fit for it.
+    bool postcopy_ram = false;
+    /// Pages that the guest waits for come over a channel of their own (`postcopy-preempt`, QEMU 7.1); on both sides alike,
+    /// and with `postcopy_ram` alone. Needs a connector and an acceptor, as multifd does.
+    bool postcopy_preempt = false;
+    /// Bytes per second in postcopy for the pages that nobody waits for, 0 for no limit (`max-postcopy-bandwidth`); may
+    /// change.
+    std::uint64_t max_postcopy_bandwidth = 0;
+    /// At the source: pages that have been sent in postcopy are given back to the system (`release-ram`).
+    bool release_ram = false;
     /// The longest that a peer may take nothing and send nothing before it counts as gone; 0 waits forever. QEMU leaves
     /// this to TCP.
     std::chrono::milliseconds peer_timeout{60'000};
