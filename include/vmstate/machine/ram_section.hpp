@@ -4,6 +4,8 @@
 // Depends on ram_records.hpp, ram_block.hpp and codec/.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -78,16 +80,20 @@ public:
 
     // ---- saving: one START, one PART with all pages, one END
 
-    /// The body of START: the list of blocks, and with `multifd_flush` the first sync point.
-    void save_setup(writer& out, const machine_options& machine, bool multifd_flush = false) {
+    /// The body of START: the list of blocks, with `postcopy` the size of their pages where it isn't the system's, and
+    /// with `multifd_flush` the first sync point.
+    void save_setup(writer& out, const machine_options& machine, bool multifd_flush = false, bool postcopy = false) {
         ignore_shared_ = machine.has_capability("x-ignore-shared");
         sent_block_ = nullptr;
+        const auto ordinary = std::max<std::uint64_t>(static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE)), machine.guest_page_size());
         std::uint64_t total = 0;
         for (const std::unique_ptr<ram_block>& block : blocks_) total += block->used_length;
         out.put_be64(total | ram_flag::mem_size);
         for (const std::unique_ptr<ram_block>& block : blocks_) {
             out.put_counted_string(block->name);
             out.put_be64(block->used_length);
+            if (postcopy && block->options.host_page_size != ordinary)
+                out.put_be64(block->options.host_page_size);
             if (ignore_shared_) out.put_be64(block->options.guest_address);
         }
         if (multifd_flush) out.put_be64(ram_flag::multifd_flush);

@@ -2,7 +2,7 @@
 //
 // The memory of a live migration on its way out: which pages have still to go, in which order they go, and in which form.
 // It decides nothing about when; that is source.hpp. Depends on machine/, ram/, stream/, and on guest.hpp,
-// multifd_sender.hpp and parameters.hpp.
+// multifd_sender.hpp, parameters.hpp and postcopy_pages.hpp.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +19,7 @@
 #include <vmstate/migration/guest.hpp>
 #include <vmstate/migration/multifd_sender.hpp>
 #include <vmstate/migration/parameters.hpp>
+#include <vmstate/migration/postcopy_pages.hpp>
 #include <vmstate/ram/page_bitmap.hpp>
 #include <vmstate/ram/page_writer.hpp>
 #include <vmstate/ram/present_pages.hpp>
@@ -75,12 +76,23 @@ public:
         after_each_section_ = after_each_section;
     }
 
-    /// START, with the list of blocks; nothing for a machine without RAM.
-    void put_setup() {
+    /// Nothing more goes from here: what has still to go, of each block, is for postcopy. The logs end.
+    std::vector<unsent_pages> hand_over() {
+        std::vector<unsent_pages> rest;
+        for (sent_block& one : blocks_) {
+            rest.push_back({one.block, std::move(one.dirty), std::move(one.absent)});
+            rest.back().dirty.merge(rest.back().absent);
+        }
+        stop();
+        return rest;
+    }
+
+    /// START, with the list of blocks; nothing for a machine without RAM. `postcopy`: they may go on in it.
+    void put_setup(bool postcopy = false) {
         if (!begin_section(section_type::start)) return;
         // The channels wait for this section's end: before the list of blocks nothing may arrive.
         sync_channels();
-        machine_.ram()->save_setup(out_, machine_.options(), multifd_ != nullptr && !after_each_section_);
+        machine_.ram()->save_setup(out_, machine_.options(), multifd_ != nullptr && !after_each_section_, postcopy);
         saver_.end_section(*entry_);
     }
     /// PART or END; false for a machine without RAM. `send` and `end_section` follow.

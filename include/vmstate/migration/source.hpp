@@ -7,19 +7,30 @@
 //     setup -> active -> [pre-switchover ->] device -> completed
 //       any of them -> failed, or -> cancelling -> cancelled
 //
+// In postcopy the guest stops at once, and runs at the destination while the rest of its memory goes after it:
+//
+//     setup -> active -> [pre-switchover -> device ->] postcopy-active -> completed, or -> failed
+//                                                        | broken          ^ recovered
+//                                                    postcopy-paused -> postcopy-recover
+//
 // Threads: the migration thread writes the stream and calls the guest; the return-path thread reads the destination's
-// answers. Until the destination has said that it has loaded everything, whatever fails leaves the guest running here,
-// with its memory and devices as they are.
+// answers, and with postcopy-preempt sends the pages that it asks for. Until the destination has said that it has loaded
+// everything, or has been told to run the guest, whatever fails leaves the guest running here, with its memory and devices
+// as they are.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <stop_token>
 #include <string>
 #include <string_view>
@@ -35,8 +46,11 @@
 #include <vmstate/migration/monitor.hpp>
 #include <vmstate/migration/multifd_sender.hpp>
 #include <vmstate/migration/parameters.hpp>
+#include <vmstate/migration/postcopy_pages.hpp>
+#include <vmstate/migration/postcopy_sender.hpp>
 #include <vmstate/migration/ram_sender.hpp>
 #include <vmstate/migration/return_path.hpp>
+#include <vmstate/postcopy/page_request.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/buffered_writer.hpp>
 #include <vmstate/stream/connector.hpp>
@@ -53,9 +67,10 @@ public:
         : machine_(what), guest_(of), settings_(settings) {}
     source(const source&) = delete;
     source& operator=(const source&) = delete;
-    /// Cancels what still runs.
+    /// Cancels what still runs; one in postcopy, which nobody can cancel, fails.
     ~source() {
         cancel();
+        abandon();
         join();
     }
 
@@ -84,7 +99,7 @@ public:
         return start_thread(std::move(connect), true);
     }
 
-    /// Waits for the end of the migration: success, or why not.
+    /// Waits for the end of the migration: success, or why not. One in `postcopy-paused` hasn't ended.
     result<void> wait() {
         monitor_.wait_until([](const migration::status& at) { return at.state == state::none || is_final(at.state); });
         join();
@@ -96,7 +111,7 @@ public:
     /// A consistent snapshot; any thread may ask.
     migration::status status() const { return monitor_.snapshot(); }
     /// Ends the migration at once and lets the guest run on here. Harmless at any time; too late once the destination
-    /// has loaded everything.
+    /// has loaded everything, and in postcopy, which only its end or `give_up` ends.
     void cancel() {
         if (!monitor_.enter(state::cancelling)) return;
         {
@@ -113,11 +128,66 @@ public:
         monitor_.wake();
         return {};
     }
+    /// Goes on in postcopy (QEMU: migrate-start-postcopy): the guest stops here as soon as the migration is under way, and
+    /// runs at the destination. With `postcopy_ram` alone. Twice, or after the end, is harmless; so is too late, when the
+    /// rest of the memory goes over anyway.
+    result<void> start_postcopy() {
+        if (!parameters().postcopy_ram) return error(errc::invalid_argument, "postcopy_ram among the parameters", "none");
+        if (monitor_.now() == state::none) return error(errc::invalid_argument, "a migration under way", "none");
+        postcopy_wanted_.store(true);
+        monitor_.wake();
+        return {};
+    }
+    /// Interrupts the connection in postcopy on purpose (QEMU: migrate-pause): `postcopy-paused` follows, unless it has
+    /// ended by then.
+    result<void> pause() {
+        const state at = monitor_.now();
+        if (at != state::postcopy_active && at != state::postcopy_recover)
+            return error(errc::invalid_argument, "state postcopy-active", std::string(to_string(at)));
+        {
+            const std::lock_guard lock(channel_mutex_);
+            pause_wanted_ = true;
+            connecting_.request_stop();
+        }
+        shut_down_channels();
+        return {};
+    }
+    /// Goes on over a new connection (QEMU: migrate with resume). It returns at once; `postcopy-active` follows, or
+    /// `postcopy-paused` again, with the reason in `status().error_desc`. As often as needed.
+    result<void> recover(std::string_view uri) {
+        const result<vmstate::uri> where = parse_uri(uri);
+        if (!where) return where.error();
+        if (!std::holds_alternative<tcp_uri>(*where) && !std::holds_alternative<unix_uri>(*where))
+            return error(errc::unsupported, "tcp:host:port or unix:path", std::string(uri));
+        return recover(connector_to(std::string(uri)));
+    }
+    result<void> recover(channel_connector connect) {
+        if (!connect) return error(errc::invalid_argument, "a connector", "none");
+        // Of two that come at once one finds it in another state.
+        if (!monitor_.enter(state::postcopy_recover))
+            return error(errc::invalid_argument, "state postcopy-paused", std::string(to_string(monitor_.now())));
+        {
+            const std::lock_guard lock(channel_mutex_);
+            recovery_ = std::move(connect);
+        }
+        monitor_.wake();
+        return {};
+    }
+    /// Ends a migration in `postcopy-paused`, or one that tries to recover, as failed. The guest at the destination never
+    /// gets the rest of its memory, and the one here has not its latest: neither is of use.
+    result<void> give_up() {
+        const state at = monitor_.now();
+        if (at != state::postcopy_paused && at != state::postcopy_recover)
+            return error(errc::invalid_argument, "state postcopy-paused", std::string(to_string(at)));
+        abandon();
+        return {};
+    }
     /// New values for those parameters that may change while a migration runs.
     void set_parameters(const parameters& settings) {
         const std::lock_guard lock(settings_mutex_);
         settings_.downtime_limit = settings.downtime_limit;
         settings_.max_bandwidth = settings.max_bandwidth;
+        settings_.max_postcopy_bandwidth = settings.max_postcopy_bandwidth;
         if (!is_running()) settings_ = settings;
         monitor_.wake();
     }
@@ -157,9 +227,14 @@ private:
     result<void> start_thread(channel_connector connect, bool several_channels) {
         if (result<void> fit = machine_.check(); !fit) return fit;
         if (result<void> fit = check(parameters(), several_channels); !fit) return fit;
+        if (result<void> fit = check_postcopy(parameters(), several_channels); !fit) return fit;
         if (is_running()) return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
         join();
         may_switch_.store(false);
+        postcopy_wanted_.store(false);
+        serving_.store(nullptr);
+        postcopy_.reset();
+        to_postcopy_ = guest_left_ = false;
         peer_has_spoken_.store(false);
         peer_has_refused_.store(false);
         answer_ = {};
@@ -172,13 +247,37 @@ private:
         {
             const std::lock_guard lock(channel_mutex_);
             connecting_ = std::stop_source();
+            recovery_ = {};
+            pause_wanted_ = abandoned_ = false;
             if (monitor_.now() == state::cancelling) connecting_.request_stop(); // of the one before
         }
         migration_thread_ = std::thread([this, connect = std::move(connect)] { run(connect); });
         return {};
     }
+    result<void> check_postcopy(const migration::parameters& settings, bool several_channels) const {
+        const auto refuse = [](std::string expected, std::string found) {
+            return error(errc::invalid_argument, std::move(expected), std::move(found));
+        };
+        if (settings.postcopy_preempt && !settings.postcopy_ram) return refuse("postcopy_ram with postcopy_preempt", "none");
+        if (!settings.postcopy_ram) return {};
+        if (settings.multifd) return refuse("multifd or postcopy_ram", "both");
+        if (!settings.return_path) return refuse("return_path with postcopy_ram", "none");
+        if (settings.postcopy_preempt && !several_channels)
+            return refuse("tcp:, unix:, or a way to open more channels for postcopy_preempt", "one channel");
+        return check_postcopy_memory(machine_, settings.release_ram);
+    }
     void join() {
         if (migration_thread_.joinable()) migration_thread_.join();
+    }
+    /// What is in postcopy ends as failed, wherever it is.
+    void abandon() {
+        {
+            const std::lock_guard lock(channel_mutex_);
+            abandoned_ = true;
+            if (is_postcopy(monitor_.now())) connecting_.request_stop();
+        }
+        if (is_postcopy(monitor_.now())) shut_down_channels();
+        monitor_.wake();
     }
 
     // ---- the migration thread: owns the stream, meter_, and what counts passes and slows the guest down
@@ -197,17 +296,22 @@ private:
             if (monitor_.now() == state::cancelling) return error(errc::io, {}, "cancelled");
             return migrate(*channel, connect);
         }();
+        if (done && guest_left_) done = run_postcopy(channel);
         if (!done) prefer_answer(done);
         if (throttled_ != 0) set_throttle(0);
         if (!done && channel) channel->shutdown();
         if (return_path_thread_.joinable()) return_path_thread_.join();
         way_back_.reset();
+        serving_.store(nullptr);
         if (done && channel) done = channel->close();
+        std::unique_ptr<output_channel> urgent;
         {
             const std::lock_guard lock(channel_mutex_);
             channel_ = nullptr;
+            urgent = std::move(urgent_channel_);
         }
         channel.reset();
+        if (urgent) (void)urgent->close(); // all that went over it has arrived, or the error is known
         finish(done);
     }
     /// A destination that has given up says why and then closes: of the two, what the channel says of it is the lesser
@@ -273,6 +377,11 @@ private:
         if (result<void> done = setup(channel, stream, connect, settings); !done) return std::move(done.error()).within("setup");
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
         if (result<void> done = precopy(stream); !done) return std::move(done.error()).within("active");
+        if (to_postcopy_) {
+            if (result<void> done = switch_to_postcopy(stream, channel, settings); !done)
+                return std::move(done.error()).within(to_string(monitor_.now()));
+            return {};
+        }
         if (result<void> done = switch_over(stream); !done)
             return std::move(done.error()).within(to_string(monitor_.now()));
         return await_return_path(settings);
@@ -291,6 +400,7 @@ private:
         const std::lock_guard lock(channel_mutex_);
         if (channel_ != nullptr) channel_->shutdown();
         if (multifd_ != nullptr) multifd_->shutdown();
+        if (urgent_channel_) urgent_channel_->shutdown();
     }
     std::stop_token stop_token() const {
         const std::lock_guard lock(channel_mutex_);
@@ -315,14 +425,27 @@ private:
                 return back.error();
             }
         }
+        if (settings.postcopy_ram) {
+            if (!has_return_path()) return error(errc::invalid_argument, "a return path for postcopy-ram", "none");
+            std::array<std::byte, 16> advice;
+            std::byte* const end = vmstate::detail::store_big(advice.data(), advised_page_sizes(machine_));
+            vmstate::detail::store_big(end, std::uint64_t{machine_.options().guest_page_size()});
+            stream.saver.put_command(command::postcopy_advise, advice);
+        }
         if (settings.switchover_ack && !has_return_path())
             return error(errc::invalid_argument, "a return path for switchover-ack", "none");
         if (settings.multifd)
             if (result<void> started = start_multifd(stream, connect, settings); !started) return started;
+        if (settings.postcopy_preempt) {
+            // A QEMU 7.2 begins when it has all its channels, and takes the first for the main one; newer ones take it now, too.
+            if (result<void> sent = stream.out.flush(); !sent) return sent;
+            if (result<void> opened = open_urgent_channel(connect, settings); !opened) return opened;
+        }
         if (result<void> started = stream.ram.start(settings); !started) return started;
-        stream.ram.put_setup();
-        // Behind the list of blocks: the answers are by their number in it.
-        if (has_return_path()) ping(stream.saver, ping_which_blocks_are_zero);
+        stream.ram.put_setup(settings.postcopy_ram);
+        // Behind the list of blocks: the answers are by their number in it. In postcopy each page has to be told: what the
+        // destination has no news of it would ask for.
+        if (has_return_path() && !settings.postcopy_ram) ping(stream.saver, ping_which_blocks_are_zero);
         if (result<void> sent = stream.out.flush(); !sent) return sent;
         monitor_.update([&](migration::status& at) {
             at.ram.page_size = stream.ram.page_size();
@@ -341,6 +464,16 @@ private:
         return stream.multifd->start(
             settings.multifd_channels, machine_.options().uuid.value_or(std::array<std::uint8_t, 16>{}), open, settings.peer_timeout);
     }
+    result<void> open_urgent_channel(const channel_connector& connect, const migration::parameters& settings) {
+        result<std::unique_ptr<output_channel>> opened = connect({settings.peer_timeout, stop_token()});
+        if (opened && !*opened) opened = error(errc::invalid_argument, "a channel", "none");
+        if (!opened) return std::move(opened.error().within("preempt channel"));
+        if (settings.peer_timeout.count() != 0) (*opened)->set_timeout(settings.peer_timeout);
+        const std::lock_guard lock(channel_mutex_);
+        urgent_channel_ = std::move(*opened);
+        if (connecting_.stop_requested()) urgent_channel_->shutdown();
+        return {};
+    }
     bool has_return_path() const { return way_back_ != nullptr; }
     static void ping(stream_saver& saver, std::uint32_t value) {
         std::array<std::byte, 4> payload;
@@ -355,6 +488,10 @@ private:
         for (;;) {
             if (result<void> fine = check_peer(); !fine) return fine;
             const migration::parameters settings = parameters();
+            if (postcopy_wanted_.load()) {
+                to_postcopy_ = true;
+                return {};
+            }
             const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
             if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream, settings)) {
                 leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
@@ -391,7 +528,7 @@ private:
         const clock::time_point enough = clock::now() + std::chrono::milliseconds(50);
         stream.ram.begin_section(section_type::part);
         while (stream.ram.send(64) && stream.ram.has_dirty() == dirty && clock::now() < enough &&
-               !meter_.is_spent(stream.sent(), settings.max_bandwidth)) {
+               !meter_.is_spent(stream.sent(), settings.max_bandwidth) && !postcopy_wanted_.load()) {
         }
         stream.ram.end_section();
         return stream.out.flush();
@@ -399,7 +536,7 @@ private:
     /// Where the destination has told that a block is zero there, pages of it that nobody has touched need not be said.
     /// Its answer has been under way since the setup.
     void leave_out_zero_blocks(outgoing& stream, const migration::parameters& settings) {
-        if (!has_return_path() || !stream.ram.has_absent()) return;
+        if (!has_return_path() || settings.postcopy_ram || !stream.ram.has_absent()) return;
         const auto is_told = [&](const migration::status& at) {
             return at.state == state::cancelling || peer_has_spoken_.load() || zero_blocks_told_.load();
         };
@@ -410,7 +547,8 @@ private:
     }
     void sleep_until_window_ends(bool or_ready) {
         monitor_.wait_until(meter_.window_end(), [&](const migration::status& at) {
-            return at.state == state::cancelling || peer_has_spoken_.load() || (or_ready && switchover_acked_.load());
+            return at.state == state::cancelling || peer_has_spoken_.load() || postcopy_wanted_.load() ||
+                   (or_ready && switchover_acked_.load());
         });
     }
     void account(outgoing& stream) {
@@ -477,8 +615,7 @@ private:
 
     // ---- the guest stands still
 
-    result<void> switch_over(outgoing& stream) {
-        const migration::parameters settings = parameters();
+    result<void> stop_guest(outgoing& stream, const migration::parameters& settings) {
         const clock::time_point stopped_at = clock::now();
         if (guest_.stop) {
             if (result<void> stopped = guest_.stop(); !stopped) return stopped.error().within("stop");
@@ -489,6 +626,11 @@ private:
             if (result<void> told = wait_to_switch(stream, settings); !told) return told;
             if (result<void> fine = check_peer(); !fine) return fine;
         }
+        return {};
+    }
+    result<void> switch_over(outgoing& stream) {
+        const migration::parameters settings = parameters();
+        if (result<void> stopped = stop_guest(stream, settings); !stopped) return stopped;
         if (!monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
         monitor_.update([&](migration::status& at) { at.ram.precopy_bytes = stream.sent(); });
         if (result<void> read = read_logs(stream, true, settings); !read) return read;
@@ -521,23 +663,231 @@ private:
         }
         return {};
     }
+    result<void> await_last_word(const migration::parameters& settings) {
+        const auto has_spoken = [&](const migration::status& at) {
+            return at.state == state::cancelling || peer_has_spoken_.load();
+        };
+        if (settings.peer_timeout.count() == 0) monitor_.wait_until(has_spoken);
+        else if (!monitor_.wait_until(clock::now() + settings.peer_timeout, has_spoken))
+            return error(errc::io, {}, "no answer from the destination").within("return path");
+        if (!peer_has_spoken_.load()) return error(errc::io, {}, "cancelled");
+        const std::lock_guard lock(answer_mutex_);
+        return answer_;
+    }
     /// The destination's last word; without a return path, that the bytes have left is all there is to know.
     result<void> await_return_path(const migration::parameters& settings) {
-        if (return_path_thread_.joinable()) {
-            const auto has_spoken = [&](const migration::status& at) {
-                return at.state == state::cancelling || peer_has_spoken_.load();
-            };
-            if (settings.peer_timeout.count() == 0) monitor_.wait_until(has_spoken);
-            else if (!monitor_.wait_until(clock::now() + settings.peer_timeout, has_spoken))
-                return error(errc::io, {}, "no answer from the destination").within("return path");
-            if (!peer_has_spoken_.load()) return error(errc::io, {}, "cancelled");
-            const std::lock_guard lock(answer_mutex_);
-            if (!answer_) return answer_;
-        }
+        if (return_path_thread_.joinable())
+            if (result<void> answered = await_last_word(settings); !answered) return answered;
         const auto downtime = std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - *stopped_at_);
         monitor_.update([&](migration::status& at) { at.downtime = downtime; });
         stopped_at_.reset();
         return {};
+    }
+
+    // ---- postcopy
+
+    /// From the guest's stop until the destination has been told to run it. What fails here leaves it here.
+    result<void> switch_to_postcopy(outgoing& stream, output_channel& channel, const migration::parameters& settings) {
+        if (result<void> stopped = stop_guest(stream, settings); !stopped) return stopped;
+        if (settings.pause_before_switchover && !monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
+        if (result<void> read = read_logs(stream, true, settings); !read) return read;
+        postcopy_ = std::make_unique<postcopy_sender>(machine_, stream.ram.hand_over(), settings.release_ram);
+        if (result<void> put = postcopy_->pages().put_discards(stream.saver); !put) return put;
+        ping(stream.saver, 2);
+        if (result<void> put = put_package(stream); !put) return put;
+        monitor_.update([&](migration::status& at) {
+            count_pages(at, stream);
+            at.ram.precopy_bytes = at.ram.transferred;
+            at.ram.downtime_bytes = 0;
+            before_postcopy_ = at.ram;
+        });
+        if (result<void> fine = check_peer(); !fine) return fine;
+        postcopy_->attach(channel, urgent_channel_.get());
+        postcopy_->serve_requests();
+        serving_.store(postcopy_.get());
+        if (!monitor_.enter(state::postcopy_active)) return error(errc::io, {}, "cancelled");
+        // The package's last byte is RUN's: where it doesn't leave whole, the guest isn't run there.
+        if (result<void> sent = stream.out.flush(); !sent) return sent;
+        guest_left_ = true;
+        stopped_at_.reset();
+        ping(postcopy_->saver(), 4);
+        return {};
+    }
+    /// What the destination takes in one piece: it listens for faults before it loads a device that may cause one.
+    result<void> put_package(outgoing& stream) {
+        vector_writer package;
+        stream_saver saver(machine_, package);
+        saver.put_command(command::postcopy_listen);
+        if (result<void> saved = saver.save_devices(); !saved) return saved;
+        ping(saver, ping_loaded);
+        saver.put_command(command::postcopy_run);
+        if (package.failed()) return package.failure();
+        const std::vector<std::byte> bytes = package.take();
+        if (bytes.size() > std::numeric_limits<std::uint32_t>::max())
+            return error(errc::invalid_argument, "a package of less than 4 GiB", std::to_string(bytes.size()));
+        std::array<std::byte, 4> size;
+        vmstate::detail::store_big(size.data(), static_cast<std::uint32_t>(bytes.size()));
+        stopped_for_postcopy_ = *stopped_at_;
+        stream.saver.put_command(command::packaged, size);
+        // RUN leaves with the flush, and not before: all else may have left by then.
+        const std::size_t last = std::min<std::size_t>(bytes.size(), 64);
+        stream.out.write(std::span(bytes).first(bytes.size() - last));
+        if (result<void> sent = stream.out.flush(); !sent) return sent;
+        stream.out.write(std::span(bytes).last(last));
+        return stream.out.status();
+    }
+    /// Until the end: the rest of the memory, over as many connections as it takes.
+    result<void> run_postcopy(std::unique_ptr<output_channel>& channel) {
+        result<void> done = serve_destination();
+        while (!done) {
+            // What the destination has said comes before what the channel says of it, see prefer_answer.
+            if (!is_pause_wanted())
+                monitor_.wait_until(clock::now() + std::chrono::milliseconds(100),
+                    [&](const migration::status&) { return peer_has_spoken_.load(); });
+            const bool was_active = monitor_.now() == state::postcopy_active;
+            disconnect(channel);
+            error why = explain_pause(done.error());
+            // It asks for what can't be, or has said that it is over: nothing to recover.
+            if (was_active && (peer_has_refused_.load() || why == errc::bad_command || why == errc::bad_ram)) return why;
+            monitor_.update([&](migration::status& at) {
+                count_postcopy(at);
+                at.error_desc = why;
+            });
+            monitor_.enter(state::postcopy_paused);
+            std::optional<channel_connector> connect = await_recovery();
+            if (!connect) return why;
+            done = recover_over(channel, *connect);
+            if (done) done = serve_destination();
+        }
+        return {};
+    }
+    result<void> serve_destination() {
+        const auto fine = [&]() -> result<void> {
+            account_postcopy();
+            return check_peer();
+        };
+        result<void> done = postcopy_->send_rest([&] { return parameters().max_postcopy_bandwidth; }, fine);
+        if (done) done = await_last_word(parameters());
+        monitor_.update([&](migration::status& at) { count_postcopy(at); });
+        if (!done) return std::move(done.error().within(to_string(monitor_.now())));
+        return {};
+    }
+    void disconnect(std::unique_ptr<output_channel>& channel) {
+        shut_down_channels();
+        if (return_path_thread_.joinable()) return_path_thread_.join();
+        serving_.store(nullptr);
+        postcopy_->detach();
+        way_back_.reset();
+        std::unique_ptr<output_channel> urgent;
+        {
+            const std::lock_guard lock(channel_mutex_);
+            channel_ = nullptr;
+            urgent = std::move(urgent_channel_);
+        }
+        channel.reset();
+    }
+    bool is_pause_wanted() const {
+        const std::lock_guard lock(channel_mutex_);
+        return pause_wanted_;
+    }
+    /// Why there is no connection any more; the return-path thread has ended. What the destination has said, or that it
+    /// takes no more urgent pages, comes before what follows from it on the main channel.
+    error explain_pause(const error& of_channel) {
+        const std::string_view where = to_string(monitor_.now());
+        if (is_pause_wanted()) return error(errc::io, {}, "paused").within(where);
+        const std::lock_guard lock(answer_mutex_);
+        if (answer_) return of_channel;
+        const error& answer = answer_.error();
+        const bool is_end = answer == errc::truncated || (answer == errc::io && !peer_has_refused_.load());
+        if (is_end && answer.path().find("preempt channel") == std::string_view::npos) return of_channel;
+        return error(answer).within(where);
+    }
+    /// None where it was given up.
+    std::optional<channel_connector> await_recovery() {
+        for (;;) {
+            {
+                const std::lock_guard lock(channel_mutex_);
+                if (abandoned_) return std::nullopt;
+                if (recovery_) {
+                    connecting_ = std::stop_source();
+                    pause_wanted_ = false;
+                    return std::exchange(recovery_, {});
+                }
+            }
+            monitor_.wait_until([&](const migration::status&) {
+                const std::lock_guard lock(channel_mutex_);
+                return abandoned_ || recovery_;
+            });
+        }
+    }
+    result<void> recover_over(std::unique_ptr<output_channel>& channel, const channel_connector& connect) {
+        result<void> done = shake_hands_again(channel, connect);
+        if (!done) return std::move(done.error().within("postcopy-recover"));
+        monitor_.update([&](migration::status& at) { at.error_desc = {}; });
+        if (!monitor_.enter(state::postcopy_active)) return error(errc::io, {}, "abandoned");
+        return {};
+    }
+    result<void> shake_hands_again(std::unique_ptr<output_channel>& channel, const channel_connector& connect) {
+        const migration::parameters settings = parameters();
+        peer_has_spoken_.store(false);
+        peer_has_refused_.store(false);
+        {
+            const std::lock_guard lock(answer_mutex_);
+            answer_ = {};
+        }
+        result<std::unique_ptr<output_channel>> opened = connect({settings.peer_timeout, stop_token()});
+        if (opened && !*opened) opened = error(errc::invalid_argument, "a channel", "none");
+        if (!opened) return opened.error();
+        channel = std::move(*opened);
+        {
+            const std::lock_guard lock(channel_mutex_);
+            channel_ = channel.get();
+            if (connecting_.stop_requested()) channel_->shutdown();
+        }
+        if (settings.peer_timeout.count() != 0) channel->set_timeout(settings.peer_timeout);
+        postcopy_->attach(*channel, nullptr);
+        result<std::unique_ptr<duplex_channel>> back = channel->get_return_path();
+        if (!back) return back.error();
+        way_back_ = std::move(*back);
+        way_back_->set_timeout(std::chrono::milliseconds(0));
+        serving_.store(postcopy_.get());
+        postcopy_->saver().put_command(command::open_return_path);
+        if (result<void> sent = postcopy_->flush(); !sent) return sent;
+        return_path_thread_ = std::thread([this] { read_return_path(); });
+        if (settings.postcopy_preempt) {
+            if (result<void> opened_too = open_urgent_channel(connect, settings); !opened_too) return opened_too;
+            postcopy_->attach_urgent(*urgent_channel_);
+        }
+        if (result<void> asked = postcopy_->ask_for_bitmaps(); !asked) return asked;
+        if (result<void> there = await_answer("RECV_BITMAP", [&] { return postcopy_->has_bitmaps(); }); !there) return there;
+        if (result<void> asked = postcopy_->resume(); !asked) return asked;
+        return await_answer("RESUME_ACK", [&] { return postcopy_->has_resumed(); });
+    }
+    template <class Done>
+    result<void> await_answer(const char* which, Done done) {
+        const std::chrono::milliseconds patience = parameters().peer_timeout;
+        const auto is_over = [&](const migration::status&) { return peer_has_spoken_.load() || done(); };
+        if (patience.count() == 0) monitor_.wait_until(is_over);
+        else if (!monitor_.wait_until(clock::now() + patience, is_over))
+            return error(errc::io, {}, std::string("no ") + which + " from the destination").within("return path");
+        if (done()) return {};
+        return check_peer();
+    }
+    void account_postcopy() {
+        const clock::time_point now = clock::now();
+        if (now < next_account_) return;
+        next_account_ = now + bandwidth_meter::window;
+        monitor_.update([&](migration::status& at) { count_postcopy(at); });
+    }
+    void count_postcopy(migration::status& at) const {
+        const postcopy_counts counts = postcopy_->counts();
+        at.ram.transferred = before_postcopy_.transferred + counts.bytes;
+        at.ram.postcopy_bytes = counts.bytes;
+        at.ram.postcopy_requests = counts.requests;
+        at.ram.normal = before_postcopy_.normal + counts.normal;
+        at.ram.normal_bytes = at.ram.normal * at.ram.page_size;
+        at.ram.duplicate = before_postcopy_.duplicate + counts.duplicate;
+        at.ram.remaining = postcopy_->remaining();
     }
 
     // ---- the return-path thread: owns way_back_
@@ -549,6 +899,7 @@ private:
             answer_ = answer;
         }
         peer_has_spoken_.store(true);
+        if (postcopy_sender* const sender = serving_.load()) sender->wake();
         // A destination that has given up reads no more: don't wait for it to.
         if (!answer) shut_down_channels();
         monitor_.wake();
@@ -557,10 +908,12 @@ private:
     result<void> listen_to_peer() {
         buffered_reader in(*way_back_, 4096);
         received_message message;
+        std::optional<page_request_decoder> requests;
+        if (machine_.ram() != nullptr) requests.emplace(*machine_.ram());
         for (;;) {
             if (result<void> read = read_return_message(in, message); !read) return read;
             switch (message.type) {
-            case return_message::pong: note_zero_block(message.value()); break;
+            case return_message::pong: take_pong(message.value()); break;
             case return_message::switchover_ack:
                 switchover_acked_.store(true);
                 monitor_.wake();
@@ -570,10 +923,46 @@ private:
                 peer_has_refused_.store(true);
                 return error(errc::io, {}, "the destination could not load the stream").within("return path");
             default:
-                return error(errc::bad_command, "a message of precopy", std::to_string(static_cast<unsigned>(message.type)))
-                    .within("return path");
+                if (result<void> taken = take_postcopy_message(message, in, requests); !taken)
+                    return std::move(taken.error().within("return path"));
             }
         }
+    }
+    result<void> take_postcopy_message(const received_message& message, reader& in, std::optional<page_request_decoder>& requests) {
+        postcopy_sender* const sender = serving_.load();
+        if (sender == nullptr)
+            return error(errc::bad_command, "a message of precopy", std::to_string(static_cast<unsigned>(message.type)));
+        const std::span<const std::byte> payload = std::span(message.payload).first(message.size);
+        switch (message.type) {
+        case return_message::req_pages_id:
+        case return_message::req_pages: {
+            if (!requests) return error(errc::bad_ram, "no request to a machine without RAM", "one");
+            const result<page_request> request = requests->decode(static_cast<page_request_type>(message.type), payload);
+            if (!request) return request.error();
+            return sender->request(*request);
+        }
+        case return_message::recv_bitmap: {
+            memory_reader name(payload);
+            const std::string block = name.get_counted_string();
+            if (name.failed() || name.remaining() != 0)
+                return error(errc::bad_command, "a block's name", std::to_string(payload.size()) + " bytes").within("RECV_BITMAP");
+            if (result<void> taken = sender->take_bitmap(block, in); !taken) return taken;
+            break;
+        }
+        default:
+            if (result<void> taken = sender->take_resume_ack(message.value()); !taken) return taken;
+            break;
+        }
+        monitor_.wake();
+        return {};
+    }
+    void take_pong(std::uint32_t pong) {
+        postcopy_sender* const sender = serving_.load();
+        if (sender == nullptr) return note_zero_block(pong);
+        sender->take_pong(pong);
+        if (pong != ping_loaded) return;
+        const auto downtime = std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - stopped_for_postcopy_);
+        monitor_.update([&](migration::status& at) { at.downtime = downtime; });
     }
     /// One of ours says which of its blocks are zero; any gives the question back, which ends that.
     void note_zero_block(std::uint32_t pong) {
@@ -595,6 +984,9 @@ private:
         return error(errc::bad_command, "no end before the stream's", "SHUT").within("return path");
     }
 
+    /// The value of the PING behind the devices in a package: when it is answered they are loaded.
+    static constexpr std::uint32_t ping_loaded = 3;
+
     machine& machine_;
     guest& guest_;
     mutable std::mutex settings_mutex_; ///< settings_
@@ -604,10 +996,14 @@ private:
     std::thread migration_thread_;
     std::atomic<bool> may_switch_ = false;
 
-    mutable std::mutex channel_mutex_; ///< channel_, multifd_, connecting_
+    mutable std::mutex channel_mutex_; ///< the next seven
     output_channel* channel_ = nullptr;
     multifd_sender* multifd_ = nullptr;
+    std::unique_ptr<output_channel> urgent_channel_; ///< with postcopy_preempt; only the migration thread changes it
     std::stop_source connecting_;
+    channel_connector recovery_; ///< what `recover` brought, until the migration thread takes it
+    bool pause_wanted_ = false;
+    bool abandoned_ = false;
 
     std::thread return_path_thread_;
     std::unique_ptr<duplex_channel> way_back_;
@@ -618,6 +1014,15 @@ private:
     std::mutex answer_mutex_; ///< answer_, zero_blocks_
     result<void> answer_;
     std::vector<std::uint32_t> zero_blocks_; ///< by their number in the stream's list
+
+    std::atomic<bool> postcopy_wanted_ = false;
+    std::unique_ptr<postcopy_sender> postcopy_;        ///< from the switch on
+    std::atomic<postcopy_sender*> serving_ = nullptr;  ///< the same while a connection is there, for the return-path thread
+    clock::time_point stopped_for_postcopy_{};         ///< when the guest was; written before `serving_`
+    bool to_postcopy_ = false;
+    bool guest_left_ = false; ///< the destination has been told to run it
+    ram_status before_postcopy_;
+    clock::time_point next_account_{};
 
     std::uint64_t pages_before_window_ = 0;
     std::uint64_t sent_before_sync_ = 0; ///< bytes of whole pages

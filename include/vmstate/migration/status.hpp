@@ -27,6 +27,8 @@ struct ram_status {
     std::uint64_t downtime_bytes = 0; ///< while it stood still
     std::uint64_t dirty_pages_rate = 0; ///< pages per second that the guest wrote, between the last two passes
     std::uint64_t dirty_sync_count = 0; ///< passes: how often the dirty logs were read
+    std::uint64_t postcopy_requests = 0; ///< for pages, in postcopy
+    std::uint64_t postcopy_bytes = 0;    ///< of `transferred`, in postcopy
     std::uint64_t page_size = 0;
     std::uint64_t pages_per_second = 0;
     double mbps = 0; ///< megabits per second on the channel, lately
@@ -40,9 +42,11 @@ struct status {
     std::chrono::milliseconds total_time{0};        ///< since the start, or in all
     std::chrono::milliseconds setup_time{0};        ///< until the first page
     std::chrono::milliseconds expected_downtime{0}; ///< while active: of a switchover now
-    std::chrono::milliseconds downtime{0};          ///< at the end: how long the guest stood still, seen from here
+    /// How long the guest stood still, seen from here: at the end; of postcopy, until the destination has loaded the
+    /// devices and starts it.
+    std::chrono::milliseconds downtime{0};
     unsigned cpu_throttle_percentage = 0;
-    error error_desc; ///< why it failed
+    error error_desc; ///< why it failed; in postcopy-paused, why the connection broke or didn't come about
 };
 
 } // namespace vmstate::migration

@@ -62,6 +62,10 @@ class output_channel : public virtual channel {
 public:
     /// Writes all of `parts`, in order.
     virtual result<void> writev(std::span<const std::span<const std::byte>> parts) = 0;
+    /// About how many bytes that the peer's system has no room for yet may wait on this side: a write returns only when
+    /// fewer do. For what is to be answered soon, rather than queued behind much else. Does nothing where nothing queues,
+    /// or nobody can tell.
+    virtual void limit_unsent(std::size_t) noexcept {}
 };
 
 /// A channel with both directions, such as a socket: the way back carries the return path.
@@ -167,6 +171,9 @@ public:
             }
         }
         return {};
+    }
+    void limit_unsent(std::size_t bytes) noexcept override {
+        if constexpr (requires { this->user_.limit_unsent(bytes); }) this->user_.limit_unsent(bytes);
     }
 };
 

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <limits.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -135,6 +137,14 @@ public:
     bool set_timeout(std::chrono::milliseconds timeout) noexcept override {
         timeout_ = std::max(timeout, std::chrono::milliseconds(0));
         return true;
+    }
+
+    /// For TCP, where what is under way is another matter, TCP_NOTSENT_LOWAT; else SO_SNDBUF.
+    void limit_unsent(std::size_t bytes) noexcept override {
+        if (closed_) return;
+        const int limit = static_cast<int>(std::min<std::size_t>(bytes, INT_MAX));
+        if (::setsockopt(socket_->get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &limit, sizeof limit) != 0)
+            (void)::setsockopt(socket_->get(), SOL_SOCKET, SO_SNDBUF, &limit, sizeof limit);
     }
 
     /// The socket, for its options (SO_SNDBUF, ...); -1 once it is closed. It stays this channel's.

@@ -292,6 +292,7 @@ public:
         return explain(std::move(failure));
     }
 
+    void limit_unsent(std::size_t bytes) noexcept { out_->limit_unsent(bytes); }
     result<std::size_t> read_some(
         std::span<const std::span<std::byte>> parts, const timeout_type& timeout) {
         if (std::all_of(parts.begin(), parts.end(), [](const auto& part) { return part.empty(); }))
@@ -625,6 +626,9 @@ public:
     bool set_timeout(std::chrono::milliseconds timeout) noexcept override {
         timeout_ = timeout;
         return true;
+    }
+    void limit_unsent(std::size_t bytes) noexcept override {
+        if (!closed_) session_->limit_unsent(bytes);
     }
 
 private:

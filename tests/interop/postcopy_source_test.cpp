@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: BSL-1.0
+// A source of ours in postcopy with a real QEMU as the destination: its guest runs there before its memory is, and finds
+// every page; with and without the preempt channel, at once and after some precopy; the connection is cut, and it goes on
+// over a new one. The machine comes from a stream that a QEMU wrote, and a thread of ours writes its memory meanwhile.
+#include "support/catch.hpp"
+#include "support/counter.hpp"
+#include "support/qemu.hpp"
+#include "support/recorded_stream.hpp"
+
+#include <vmstate/machine/carry.hpp>
+#include <vmstate/migration/source.hpp>
+#include <vmstate/ram/marked_log.hpp>
+#include <vmstate/stream/connect.hpp>
+
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+using namespace vmstate::tests;
+using namespace std::chrono_literals;
+using vmstate::migration::state;
+
+namespace {
+
+constexpr std::size_t page_size = 4096;
+constexpr std::size_t memory_size = 32 << 20;
+/// The guest uses what is below.
+constexpr std::size_t ours_at = 1 << 20;
+
+auto lines(std::ptrdiff_t count) {
+    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
+}
+template <class T>
+std::string message_of(const vmstate::result<T>& outcome) {
+    return outcome ? "" : outcome.error().message();
+}
+
+qemu_options options_of_guest() {
+    return {.machine = "microvm", .memory = std::to_string(memory_size >> 20) + "M", .rom = guest_rom("counter")};
+}
+
+struct recorded_guest {
+    recorded_stream stream;
+    std::string printed;
+};
+/// A counter guest that has run a little; once for all tests.
+const recorded_guest& guest_of_qemu() {
+    static const recorded_guest recorded = [] {
+        qemu first(options_of_guest());
+        first.wait_serial(lines(3), "3 lines");
+        recorded_stream stream = record(first);
+        return recorded_guest{std::move(stream), first.serial()};
+    }();
+    return recorded;
+}
+
+/// That guest's machine here. It stands still, but a thread writes the memory that it doesn't use, until `stop`.
+class busy_machine {
+public:
+    busy_machine() : original_(guest_of_qemu()), copy_(original_.stream) {
+        const auto loaded = copy_.load(original_.stream.bytes, &original_.stream.description);
+        if (!loaded) throw std::runtime_error(loaded.error().message());
+        // A quarter stays as it is, which is nothing; the rest is full of something.
+        std::minstd_rand random(1);
+        for (std::size_t at = ours_at; at != memory_size; at += page_size) {
+            if (at / page_size % 4 == 0) continue;
+            for (std::size_t i = 0; i != page_size; i += 4) {
+                const std::uint32_t value = static_cast<std::uint32_t>(random());
+                std::memcpy(memory().data() + at + i, &value, sizeof value);
+            }
+        }
+        guest.stop = [this]() -> vmstate::result<void> {
+            ++stops;
+            halt();
+            return {};
+        };
+        guest.start = [this]() -> vmstate::result<void> {
+            ++starts;
+            return {};
+        };
+        guest.dirty_logs.emplace(block_name(), log_);
+        writer_ = std::thread([this] {
+            std::minstd_rand where(2);
+            while (!halted_.load()) {
+                write(ours_at + where() % ((memory_size - ours_at) / page_size) * page_size);
+                std::this_thread::sleep_for(50us);
+            }
+        });
+    }
+    ~busy_machine() { halt(); }
+
+    const std::string& block_name() const { return original_.stream.blocks.front().name; }
+    std::vector<std::byte>& memory() { return copy_.memory.at(block_name()); }
+    vmstate::machine& machine() { return copy_.machine; }
+    /// What the guest printed before it was here.
+    const std::string& printed() const { return original_.printed; }
+
+    vmstate::migration::guest guest;
+    std::atomic<int> stops = 0;
+    std::atomic<int> starts = 0;
+
+private:
+    void halt() {
+        halted_.store(true);
+        if (writer_.joinable()) writer_.join();
+    }
+    // Read by the migration meanwhile, and again when the log says so: a race by design, as with a vCPU.
+    [[gnu::no_sanitize_thread, gnu::noinline]] void write(std::size_t at) {
+        auto* const first = reinterpret_cast<volatile std::uint64_t*>(memory().data() + at);
+        *first = *first + 1;
+        log_.mark(at, page_size);
+    }
+
+    const recorded_guest& original_;
+    replica copy_;
+    vmstate::marked_log log_{memory_size};
+    std::atomic<bool> halted_ = false;
+    std::thread writer_;
+};
+
+/// A QEMU that waits for it.
+class waiting_qemu {
+public:
+    waiting_qemu(bool tcp, bool preempt, bool postcopy = true, qemu_options options = options_of_guest()) : tcp_(tcp) {
+        options.arguments.insert(options.arguments.end(), {"-incoming", "defer"});
+        there.emplace(std::move(options));
+        const auto capability = [](const char* name, bool on) {
+            return boost::json::object{{"capability", name}, {"state", on}};
+        };
+        there->execute("migrate-set-capabilities",
+            {{"capabilities", boost::json::array{capability("postcopy-ram", postcopy), capability("events", true)}}});
+        if (preempt)
+            there->execute("migrate-set-capabilities", {{"capabilities", boost::json::array{capability("postcopy-preempt", true)}}});
+        there->execute("migrate-incoming", {{"uri", next_address()}});
+    }
+    std::string next_address() {
+        path_ = directory_ / ("channel" + std::to_string(number_++));
+        return tcp_ ? std::string("tcp:127.0.0.1:0") : "unix:" + path_.string();
+    }
+    /// Where it listens.
+    std::string address() {
+        if (!tcp_) return "unix:" + path_.string();
+        const auto socket = there->execute("query-migrate").as_object().at("socket-address").as_array();
+        return "tcp:127.0.0.1:" + std::string(socket.at(socket.size() - 1).as_object().at("port").as_string());
+    }
+    std::string migration_status() {
+        const auto answer = there->execute("query-migrate").as_object();
+        const auto* named = answer.if_contains("status");
+        return named != nullptr ? std::string(named->as_string()) : "";
+    }
+    /// The next state that it went to.
+    std::string next_state() {
+        return std::string(there->wait_event("MIGRATION").at("data").as_object().at("status").as_string());
+    }
+    /// Reads guest memory as somebody who needs it now.
+    void touch(std::size_t at) { there->human("xp /1xg " + std::to_string(at)); }
+
+    std::optional<qemu> there;
+
+private:
+    bool tcp_;
+    temporary_directory directory_;
+    std::filesystem::path path_;
+    int number_ = 0;
+};
+
+/// The states that a source went through.
+class history {
+public:
+    void watch(vmstate::migration::source& what) {
+        what.observe([this](const vmstate::migration::status& at) {
+            const std::lock_guard lock(states_mutex_);
+            if (states_.empty() || states_.back() != at.state) states_.push_back(at.state);
+        });
+    }
+    std::string text() const {
+        const std::lock_guard lock(states_mutex_);
+        std::string all;
+        for (const state one : states_) all += (all.empty() ? "" : " ") + std::string(to_string(one));
+        return all;
+    }
+
+private:
+    mutable std::mutex states_mutex_; // states_
+    std::vector<state> states_;
+};
+
+template <class Done>
+bool wait_for(Done done, std::chrono::seconds patience = 60s) {
+    const auto deadline = std::chrono::steady_clock::now() + patience;
+    while (!done()) {
+        if (std::chrono::steady_clock::now() > deadline) return false;
+        std::this_thread::sleep_for(1ms);
+    }
+    return true;
+}
+
+/// The guest goes on where it was, and the memory beside it is what it was when it stopped.
+void check_guest(waiting_qemu& destination, busy_machine& from) {
+    qemu& there = *destination.there;
+    const std::string printed = there.serial();
+    there.wait_serial(lines(std::count(printed.begin(), printed.end(), '\n') + 3), "3 more lines");
+    there.stop();
+    const auto output = counter::parse_output(from.printed() + there.serial()); // throws at "BAD"
+    for (std::size_t i = 1; i < output.size(); ++i) REQUIRE(output[i].round == output[i - 1].round + 1);
+    std::uint32_t round = 0;
+    CHECK(counter::check_memory(there.memory(0, 0x60000), round) == "");
+    const auto memory = there.memory(ours_at, memory_size - ours_at);
+    CHECK(difference(std::span<const std::byte>(from.memory()).subspan(ours_at), memory) == "");
+    CHECK(there.complaints() == "");
+}
+
+} // namespace
+
+TEST_CASE("in postcopy our guest runs on in a QEMU, which asks us for the pages that it touches") {
+    VMSTATE_REQUIRE_QEMU();
+    struct way {
+        bool tcp, preempt, at_once;
+        std::uint64_t bandwidth;
+    };
+    const way how = GENERATE(way{false, false, true, 10 << 20}, way{false, true, false, 10 << 20}, way{true, true, true, 10 << 20},
+        way{true, false, false, 10 << 20}, way{false, true, true, 0}, way{true, false, true, 0});
+    CAPTURE(how.tcp, how.preempt, how.at_once, how.bandwidth);
+    busy_machine from;
+    waiting_qemu destination(how.tcp, how.preempt);
+    vmstate::migration::source source(from.machine(), from.guest,
+        {.downtime_limit = 0ms, .max_bandwidth = how.at_once ? 1u << 20 : 0, .postcopy_ram = true, .postcopy_preempt = how.preempt,
+            .max_postcopy_bandwidth = how.bandwidth});
+    history states;
+    states.watch(source);
+    CHECK(source.start_postcopy().error() == vmstate::errc::invalid_argument); // nothing is under way
+    REQUIRE(message_of(source.start(destination.address())) == "");
+    if (!how.at_once) REQUIRE(wait_for([&] { return source.status().ram.dirty_sync_count >= 3 || is_final(source.status().state); }));
+    CHECK(message_of(source.start_postcopy()) == "");
+    CHECK(message_of(source.start_postcopy()) == "");
+    REQUIRE(wait_for([&] { return source.status().state >= state::postcopy_active; }));
+    // Which of them are there already nobody knows here.
+    std::minstd_rand random(3);
+    for (int i = 0; i != 200; ++i) destination.touch(ours_at + random() % (memory_size - ours_at - 8));
+    source.set_parameters({.max_postcopy_bandwidth = 0});
+    REQUIRE(message_of(source.wait()) == "");
+    CHECK(message_of(source.start_postcopy()) == "");
+    const auto incoming = destination.there->wait_incoming();
+    REQUIRE(incoming.error == "");
+    REQUIRE(incoming.completed);
+    CHECK(states.text() == "setup active postcopy-active completed");
+    const std::string first = destination.next_state(); // of before it was asked to tell
+    CHECK((first == "setup" || first == "active"));
+    if (first == "setup") CHECK(destination.next_state() == "active");
+    CHECK(destination.next_state() == "postcopy-active");
+    CHECK(destination.next_state() == "completed");
+    CHECK(from.stops == 1);
+    CHECK(from.starts == 0);
+    const vmstate::migration::status at_end = source.status();
+    CHECK(at_end.ram.remaining == 0);
+    CHECK(at_end.ram.postcopy_requests > 0);
+    CHECK(at_end.ram.postcopy_bytes > 0);
+    CHECK(at_end.ram.transferred >= at_end.ram.postcopy_bytes);
+    check_guest(destination, from);
+}
