@@ -273,8 +273,8 @@ TEST_CASE("in postcopy our guest runs on in a QEMU, which asks us for the pages 
     waiting_qemu destination(how.tcp, how.preempt);
     vmstate::migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = how.at_once ? 1u << 20 : 20u << 20,
         .postcopy_ram = true, .postcopy_preempt = how.preempt, .max_postcopy_bandwidth = how.bandwidth};
+    history states; // who watches outlives what it watches
     vmstate::migration::source source(from.machine(), from.guest, settings);
-    history states;
     states.watch(source);
     CHECK(source.start_postcopy().error() == vmstate::errc::invalid_argument); // nothing is under way
     REQUIRE(message_of(source.start(destination.address())) == "");
@@ -318,10 +318,10 @@ TEST_CASE("a connection to a QEMU that breaks in postcopy is recovered, wherever
     waiting_qemu destination(tcp, preempt);
     vmstate::migration::parameters settings{.max_bandwidth = 20 << 20, .postcopy_ram = true, .postcopy_preempt = preempt,
         .max_postcopy_bandwidth = 1 << 20};
-    vmstate::migration::source source(from.machine(), from.guest, settings);
     history states;
-    states.watch(source);
     cables wires;
+    vmstate::migration::source source(from.machine(), from.guest, settings);
+    states.watch(source);
     REQUIRE(message_of(source.start(wires.to(destination.address()))) == "");
     CHECK(source.pause().error() == vmstate::errc::invalid_argument);
     CHECK(source.recover("unix:/nowhere").error() == vmstate::errc::invalid_argument);
@@ -377,6 +377,10 @@ TEST_CASE("a connection to a QEMU that breaks in postcopy is recovered, wherever
     }
     settings.max_postcopy_bandwidth = 0;
     source.set_parameters(settings);
+    REQUIRE(wait_for([&] { return is_final(source.status().state) || source.status().state == state::postcopy_paused; }));
+    INFO(source.status().error_desc.message());
+    INFO(destination.there->complaints());
+    REQUIRE(source.status().state == state::completed);
     REQUIRE(message_of(source.wait()) == "");
     const auto incoming = destination.there->wait_incoming();
     REQUIRE(incoming.error == "");

@@ -232,6 +232,7 @@ private:
         join();
         may_switch_.store(false);
         postcopy_wanted_.store(false);
+        setup_read_.store(false);
         serving_.store(nullptr);
         postcopy_.reset();
         to_postcopy_ = guest_left_ = false;
@@ -445,7 +446,8 @@ private:
         stream.ram.put_setup(settings.postcopy_ram);
         // Behind the list of blocks: the answers are by their number in it. In postcopy each page has to be told: what the
         // destination has no news of it would ask for.
-        if (has_return_path() && !settings.postcopy_ram) ping(stream.saver, ping_which_blocks_are_zero);
+        if (settings.postcopy_ram) ping(stream.saver, ping_setup);
+        else if (has_return_path()) ping(stream.saver, ping_which_blocks_are_zero);
         if (result<void> sent = stream.out.flush(); !sent) return sent;
         monitor_.update([&](migration::status& at) {
             at.ram.page_size = stream.ram.page_size();
@@ -489,6 +491,8 @@ private:
             if (result<void> fine = check_peer(); !fine) return fine;
             const migration::parameters settings = parameters();
             if (postcopy_wanted_.load()) {
+                // A destination that refuses the machine says so to the setup, which costs the guest nothing.
+                if (result<void> read = await_answer("PONG", [&] { return setup_read_.load(); }); !read) return read;
                 to_postcopy_ = true;
                 return {};
             }
@@ -866,7 +870,9 @@ private:
     template <class Done>
     result<void> await_answer(const char* which, Done done) {
         const std::chrono::milliseconds patience = parameters().peer_timeout;
-        const auto is_over = [&](const migration::status&) { return peer_has_spoken_.load() || done(); };
+        const auto is_over = [&](const migration::status& at) {
+            return at.state == state::cancelling || peer_has_spoken_.load() || done();
+        };
         if (patience.count() == 0) monitor_.wait_until(is_over);
         else if (!monitor_.wait_until(clock::now() + patience, is_over))
             return error(errc::io, {}, std::string("no ") + which + " from the destination").within("return path");
@@ -958,7 +964,12 @@ private:
     }
     void take_pong(std::uint32_t pong) {
         postcopy_sender* const sender = serving_.load();
-        if (sender == nullptr) return note_zero_block(pong);
+        if (sender == nullptr) {
+            if (pong != ping_setup) return note_zero_block(pong);
+            setup_read_.store(true);
+            monitor_.wake();
+            return;
+        }
         sender->take_pong(pong);
         if (pong != ping_loaded) return;
         const auto downtime = std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - stopped_for_postcopy_);
@@ -986,6 +997,8 @@ private:
 
     /// The value of the PING behind the devices in a package: when it is answered they are loaded.
     static constexpr std::uint32_t ping_loaded = 3;
+    /// The same of the one behind the setup, which no QEMU sends: the destination has taken it.
+    static constexpr std::uint32_t ping_setup = 0x766d7321; // "vms!"
 
     machine& machine_;
     guest& guest_;
@@ -1016,6 +1029,7 @@ private:
     std::vector<std::uint32_t> zero_blocks_; ///< by their number in the stream's list
 
     std::atomic<bool> postcopy_wanted_ = false;
+    std::atomic<bool> setup_read_ = false; ///< by the destination
     std::unique_ptr<postcopy_sender> postcopy_;        ///< from the switch on
     std::atomic<postcopy_sender*> serving_ = nullptr;  ///< the same while a connection is there, for the return-path thread
     clock::time_point stopped_for_postcopy_{};         ///< when the guest was; written before `serving_`
