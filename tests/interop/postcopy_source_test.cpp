@@ -8,6 +8,7 @@
 #include "support/recorded_stream.hpp"
 
 #include <vmstate/machine/carry.hpp>
+#include <vmstate/machine/ram_memory.hpp>
 #include <vmstate/migration/source.hpp>
 #include <vmstate/ram/marked_log.hpp>
 #include <vmstate/stream/connect.hpp>
@@ -22,6 +23,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -75,9 +77,16 @@ const recorded_guest& guest_of_qemu() {
 /// That guest's machine here. It stands still, but a thread writes the memory that it doesn't use, until `stop`.
 class busy_machine {
 public:
-    busy_machine() : original_(guest_of_qemu()), copy_(original_.stream) {
+    /// `mapped`: its memory, of that size, where it isn't to be a vector.
+    explicit busy_machine(std::optional<vmstate::ram_memory> mapped = std::nullopt)
+        : original_(guest_of_qemu()), copy_(original_.stream), mapped_(std::move(mapped)) {
         const auto loaded = copy_.load(original_.stream.bytes, &original_.stream.description);
         if (!loaded) throw std::runtime_error(loaded.error().message());
+        if (mapped_) {
+            std::ranges::copy(copy_.memory.at(block_name()), mapped_->span().begin());
+            copy_.machine.remove_ram(block_name());
+            if (const auto added = copy_.machine.add_ram(block_name(), *mapped_); !added) throw std::runtime_error(added.error().message());
+        }
         // A quarter stays as it is, which is nothing; the rest is full of something.
         std::minstd_rand random(1);
         for (std::size_t at = ours_at; at != memory_size; at += page_size) {
@@ -90,6 +99,7 @@ public:
         guest.stop = [this]() -> vmstate::result<void> {
             ++stops;
             halt();
+            at_stop.assign(memory().begin(), memory().end());
             return {};
         };
         guest.start = [this]() -> vmstate::result<void> {
@@ -108,7 +118,9 @@ public:
     ~busy_machine() { halt(); }
 
     const std::string& block_name() const { return original_.stream.blocks.front().name; }
-    std::vector<std::byte>& memory() { return copy_.memory.at(block_name()); }
+    std::span<std::byte> memory() {
+        return mapped_ ? mapped_->span() : std::span<std::byte>(copy_.memory.at(block_name()));
+    }
     vmstate::machine& machine() { return copy_.machine; }
     /// What the guest printed before it was here.
     const std::string& printed() const { return original_.printed; }
@@ -116,6 +128,7 @@ public:
     vmstate::migration::guest guest;
     std::atomic<int> stops = 0;
     std::atomic<int> starts = 0;
+    std::vector<std::byte> at_stop; ///< its memory
 
 private:
     void halt() {
@@ -131,6 +144,7 @@ private:
 
     const recorded_guest& original_;
     replica copy_;
+    std::optional<vmstate::ram_memory> mapped_;
     vmstate::marked_log log_{memory_size};
     std::atomic<bool> halted_ = false;
     std::thread writer_;
@@ -203,6 +217,29 @@ private:
     std::vector<state> states_;
 };
 
+/// As many more huge pages as a test needs, given back at the end.
+class huge_pages {
+public:
+    explicit huge_pages(long count) : before_(read()) {
+        std::ofstream(file) << before_ + count;
+        enough_ = read() >= before_ + count;
+    }
+    huge_pages(const huge_pages&) = delete;
+    huge_pages& operator=(const huge_pages&) = delete;
+    ~huge_pages() { std::ofstream(file) << before_; }
+    bool enough() const { return enough_; }
+
+private:
+    static constexpr const char* file = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    static long read() {
+        long count = 0;
+        std::ifstream(file) >> count;
+        return count;
+    }
+    long before_;
+    bool enough_ = false;
+};
+
 template <class Done>
 bool wait_for(Done done, std::chrono::seconds patience = 60s) {
     const auto deadline = std::chrono::steady_clock::now() + patience;
@@ -254,7 +291,7 @@ void check_guest(waiting_qemu& destination, busy_machine& from, bool recovered =
     std::uint32_t round = 0;
     CHECK(counter::check_memory(there.memory(0, 0x60000), round) == "");
     const auto memory = there.memory(ours_at, memory_size - ours_at);
-    CHECK(difference(std::span<const std::byte>(from.memory()).subspan(ours_at), memory) == "");
+    CHECK(difference(std::span<const std::byte>(from.at_stop).subspan(ours_at), memory) == "");
     if (!recovered) CHECK(there.complaints() == "");
 }
 
@@ -389,6 +426,83 @@ TEST_CASE("a connection to a QEMU that breaks in postcopy is recovered, wherever
     CHECK(from.stops == 1);
     CHECK(from.starts == 0);
     check_guest(destination, from, true); // QEMU tells of each pause
+}
+
+TEST_CASE("memory that has arrived is given back, when asked to, and a recovery lacks nothing of it") {
+    VMSTATE_REQUIRE_QEMU();
+    const bool preempt = GENERATE(false, true);
+    CAPTURE(preempt);
+    auto mapped = vmstate::ram_memory::anonymous(memory_size);
+    REQUIRE(message_of(mapped) == "");
+    busy_machine from(std::move(*mapped));
+    waiting_qemu destination(false, preempt);
+    vmstate::migration::parameters settings{.max_bandwidth = 1 << 20, .postcopy_ram = true, .postcopy_preempt = preempt,
+        .max_postcopy_bandwidth = 20 << 20, .release_ram = true};
+    cables wires;
+    vmstate::migration::source source(from.machine(), from.guest, settings);
+    REQUIRE(message_of(source.start(wires.to(destination.address()))) == "");
+    REQUIRE(message_of(source.start_postcopy()) == "");
+    REQUIRE(wait_for([&] { return source.status().state == state::postcopy_active; }));
+    destination.there->wait_serial(lines(2), "2 lines");
+    const std::uint64_t all = source.status().ram.remaining;
+    REQUIRE(wait_for([&] { return source.status().ram.remaining < all / 2; }));
+    wires.cut(0);
+    REQUIRE(wait_for([&] { return source.status().state == state::postcopy_paused; }));
+    const auto gone = [&] {
+        std::size_t pages = 0;
+        for (std::size_t at = ours_at; at != memory_size; at += page_size)
+            if (vmstate::is_zero_page(from.memory().subspan(at, page_size)) &&
+                !vmstate::is_zero_page(std::span<const std::byte>(from.at_stop).subspan(at, page_size)))
+                ++pages;
+        return pages;
+    };
+    CHECK(gone() > 0);
+    REQUIRE(wait_for([&] { return destination.migration_status() == "postcopy-paused"; }));
+    destination.there->execute("migrate-recover", {{"uri", destination.next_address()}});
+    REQUIRE(message_of(source.recover(destination.address())) == "");
+    REQUIRE(wait_for([&] { return is_final(source.status().state); }));
+    CHECK(source.status().error_desc.message() == vmstate::error().message());
+    REQUIRE(source.status().state == state::completed);
+    REQUIRE(destination.there->wait_incoming().completed);
+    check_guest(destination, from, true);
+}
+
+TEST_CASE("memory of huge pages goes in postcopy by whole huge pages") {
+    VMSTATE_REQUIRE_QEMU();
+    const bool preempt = GENERATE(false, true);
+    CAPTURE(preempt);
+    constexpr std::uint64_t huge = 2 << 20;
+    huge_pages reserved(2 * static_cast<long>(memory_size / huge));
+    auto mapped = vmstate::ram_memory::memfd("guest", memory_size, huge);
+    if (!reserved.enough() || !mapped) return skip("no huge pages of 2 MiB to be had");
+    busy_machine from(std::move(*mapped));
+    qemu_options options = options_of_guest();
+    options.arguments = {"-object", "memory-backend-memfd,id=" + from.block_name() +
+        ",size=32M,hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off"};
+    options.machine += ",memory-backend=" + from.block_name();
+    waiting_qemu destination(false, preempt, true, options);
+    vmstate::migration::parameters settings{.max_bandwidth = 20 << 20, .postcopy_ram = true, .postcopy_preempt = preempt,
+        .max_postcopy_bandwidth = 20 << 20, .release_ram = true};
+    cables wires;
+    vmstate::migration::source source(from.machine(), from.guest, settings);
+    REQUIRE(message_of(source.start(wires.to(destination.address()))) == "");
+    REQUIRE(wait_for([&] { return source.status().ram.remaining < memory_size / 2; }));
+    REQUIRE(message_of(source.start_postcopy()) == "");
+    REQUIRE(wait_for([&] { return source.status().state == state::postcopy_active; }));
+    destination.there->wait_serial(lines(2), "2 lines");
+    std::minstd_rand random(5);
+    for (int i = 0; i != 5; ++i) destination.touch(ours_at + random() % (memory_size - ours_at - 8));
+    wires.cut(0);
+    if (wait_for([&] { return source.status().state == state::postcopy_paused || is_final(source.status().state); }) &&
+        source.status().state == state::postcopy_paused) {
+        REQUIRE(wait_for([&] { return destination.migration_status() == "postcopy-paused"; }));
+        destination.there->execute("migrate-recover", {{"uri", destination.next_address()}});
+        REQUIRE(message_of(source.recover(destination.address())) == "");
+    }
+    REQUIRE(wait_for([&] { return is_final(source.status().state); }));
+    REQUIRE(source.status().state == state::completed);
+    REQUIRE(destination.there->wait_incoming().completed);
+    check_guest(destination, from, true);
 }
 
 TEST_CASE("what fails before the guest is run there leaves it here") {

@@ -64,7 +64,8 @@ struct parameters {
     /// Bytes per second in postcopy for the pages that nobody waits for, 0 for no limit (`max-postcopy-bandwidth`); may
     /// change.
     std::uint64_t max_postcopy_bandwidth = 0;
-    /// At the source: pages that have been sent in postcopy are given back to the system (`release-ram`).
+    /// At the source: pages that have been sent in postcopy are given back to the system (`release-ram`), once the
+    /// destination is known to have them: those on the main channel, of blocks whose memory begins at a host page.
     bool release_ram = false;
     /// The longest that a peer may take nothing and send nothing before it counts as gone; 0 waits forever. QEMU leaves
     /// this to TCP.

@@ -32,7 +32,7 @@ struct unsent_pages {
 };
 
 /// Whether this machine's memory can go in postcopy; `errc::invalid_argument` names the block that can't.
-inline result<void> check_postcopy_memory(const machine& of, bool release_ram) {
+inline result<void> check_postcopy_memory(const machine& of) {
     const ram_section* const ram = of.ram();
     if (ram == nullptr) return {};
     const std::uint64_t page_size = of.options().guest_page_size();
@@ -46,9 +46,6 @@ inline result<void> check_postcopy_memory(const machine& of, bool release_ram) {
             return refuse("a host page of whole target pages of " + std::to_string(page_size) + " bytes for postcopy", unit);
         if (block->used_length % unit != 0)
             return refuse("whole host pages of " + std::to_string(unit) + " bytes for postcopy", block->used_length);
-        // What is given back is whole pages of the system.
-        if (release_ram && reinterpret_cast<std::uintptr_t>(block->memory.data()) % unit != 0)
-            return refuse("memory that begins at a host page for release-ram", reinterpret_cast<std::uintptr_t>(block->memory.data()) % unit);
     }
     return {};
 }

@@ -372,10 +372,13 @@ private:
     void release_acknowledged() {
         for (std::uint64_t count = acknowledged_.exchange(0); count != 0 && !unacknowledged_.empty(); --count) {
             for (const page_claim& claim : unacknowledged_.front()) {
+                const ram_block& block = pages_.block(claim.number);
+                // What is given back is whole pages of the system: of the small blocks that lie somewhere, nothing.
+                if (reinterpret_cast<std::uintptr_t>(block.memory.data()) % block.options.host_page_size != 0) continue;
                 pages_.set_released(claim);
                 const std::uint64_t size = pages_.page_size();
                 // To give back less than one could is no failure.
-                (void)discard_range(pages_.block(claim.number), {claim.pages.first * size, claim.pages.count * size});
+                (void)discard_range(block, {claim.pages.first * size, claim.pages.count * size});
             }
             unacknowledged_.pop_front();
         }

@@ -169,6 +169,7 @@ public:
         {
             const std::lock_guard lock(channel_mutex_);
             recovery_ = std::move(connect);
+            recovery_is_there_ = true;
         }
         monitor_.wake();
         return {};
@@ -249,7 +250,8 @@ private:
             const std::lock_guard lock(channel_mutex_);
             connecting_ = std::stop_source();
             recovery_ = {};
-            pause_wanted_ = abandoned_ = false;
+            pause_wanted_ = false;
+            recovery_is_there_ = abandoned_ = false;
             if (monitor_.now() == state::cancelling) connecting_.request_stop(); // of the one before
         }
         migration_thread_ = std::thread([this, connect = std::move(connect)] { run(connect); });
@@ -265,7 +267,7 @@ private:
         if (!settings.return_path) return refuse("return_path with postcopy_ram", "none");
         if (settings.postcopy_preempt && !several_channels)
             return refuse("tcp:, unix:, or a way to open more channels for postcopy_preempt", "one channel");
-        return check_postcopy_memory(machine_, settings.release_ram);
+        return check_postcopy_memory(machine_);
     }
     void join() {
         if (migration_thread_.joinable()) migration_thread_.join();
@@ -815,13 +817,11 @@ private:
                 if (recovery_) {
                     connecting_ = std::stop_source();
                     pause_wanted_ = false;
+                    recovery_is_there_ = false;
                     return std::exchange(recovery_, {});
                 }
             }
-            monitor_.wait_until([&](const migration::status&) {
-                const std::lock_guard lock(channel_mutex_);
-                return abandoned_ || recovery_;
-            });
+            monitor_.wait_until([&](const migration::status&) { return abandoned_.load() || recovery_is_there_.load(); });
         }
     }
     result<void> recover_over(std::unique_ptr<output_channel>& channel, const channel_connector& connect) {
@@ -1009,14 +1009,15 @@ private:
     std::thread migration_thread_;
     std::atomic<bool> may_switch_ = false;
 
-    mutable std::mutex channel_mutex_; ///< the next seven
+    mutable std::mutex channel_mutex_; ///< the next eight
     output_channel* channel_ = nullptr;
     multifd_sender* multifd_ = nullptr;
     std::unique_ptr<output_channel> urgent_channel_; ///< with postcopy_preempt; only the migration thread changes it
     std::stop_source connecting_;
     channel_connector recovery_; ///< what `recover` brought, until the migration thread takes it
     bool pause_wanted_ = false;
-    bool abandoned_ = false;
+    std::atomic<bool> recovery_is_there_ = false; ///< changed with the mutex, for a look without it
+    std::atomic<bool> abandoned_ = false;         ///< the same
 
     std::thread return_path_thread_;
     std::unique_ptr<duplex_channel> way_back_;
