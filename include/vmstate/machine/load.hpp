@@ -4,11 +4,13 @@
 // and at which offset. Depends on machine.hpp, vmdesc_walk.hpp, stream/ and codec/.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -40,6 +42,29 @@ public:
     virtual result<void> open_return_path() = 0;
     /// PING: `value` is to come back in a PONG.
     virtual result<void> ping(std::uint32_t value) = 0;
+    /// POSTCOPY_ADVISE, whose page sizes are ours: the source may go on in postcopy, with its memory (`postcopy-ram`) or
+    /// without.
+    virtual result<void> postcopy_advise(bool with_memory) {
+        static_cast<void>(with_memory);
+        return {};
+    }
+};
+
+/// Does what a source asks for that goes on in postcopy, see `load_options::postcopy`. A failure ends the load.
+class postcopy_listener {
+public:
+    postcopy_listener() = default;
+    postcopy_listener(const postcopy_listener&) = delete;
+    postcopy_listener& operator=(const postcopy_listener&) = delete;
+    virtual ~postcopy_listener() = default;
+
+    /// POSTCOPY_RAM_DISCARD with its payload, which began at `offset` of the stream.
+    virtual result<void> discard(std::span<const std::byte> payload, std::uint64_t offset) = 0;
+    /// POSTCOPY_LISTEN, in a package: what follows the package in the stream is read by whoever hears this, from `rest` on,
+    /// and by nobody else any more. The section of the memory has this id there.
+    virtual result<void> listen(reader& rest, std::uint32_t ram_section_id) = 0;
+    /// POSTCOPY_RUN: the package was loaded; nothing follows in it.
+    virtual result<void> run() = 0;
 };
 
 /// What becomes of what nobody registered, and how much of it there may be.
@@ -61,6 +86,12 @@ struct load_options {
     command_listener* commands = nullptr;
     /// Who has the multifd channels that belong to the stream; null for none.
     ram_sync_listener* ram_sync = nullptr;
+    /// Who keeps account of the pages; null for nobody.
+    ram_page_listener* ram_pages = nullptr;
+    /// Who goes on in postcopy; null where that can't be. The load then ends with POSTCOPY_RUN.
+    postcopy_listener* postcopy = nullptr;
+    /// The most that a package may hold, in bytes.
+    std::uint64_t package_limit = std::uint64_t{256} << 20;
 };
 
 /// Loads one stream; see `load`.
@@ -73,7 +104,8 @@ public:
         begin();
         if (result<void> done = load_header(); !done) return done;
         if (result<void> done = load_items(); !done) return done;
-        if (result<void> done = load_description(); !done) return done;
+        if (!running_)
+            if (result<void> done = load_description(); !done) return done;
         if (options_.carry_unknown) {
             if (ram_section* ram = machine_.ram()) ram->adopt_order();
             machine_.adopt_order(order_, std::move(carried_));
@@ -144,6 +176,7 @@ private:
                     .at_offset(position);
             }
             if (!done) return done;
+            if (running_) return {};
         }
     }
 
@@ -170,7 +203,7 @@ private:
         std::string path() const { return section_path(idstr, instance_id); }
     };
 
-    result<void> load_start_or_full(std::uint64_t position, section_type type) {
+    result<void> load_start_or_full(std::uint64_t position, section_type type, bool packaged = false) {
         section_header header{position, type};
         header.section_id = in_->get_be32();
         header.idstr = in_->get_counted_string();
@@ -182,7 +215,10 @@ private:
         header.instance_id = in_->get_be32();
         header.version_id = in_->get_be32();
         if (in_->failed()) return failed_in(header.path());
-        result<void> done = load_section(header);
+        // Its pages come over the stream, where others are read at the same time.
+        result<void> done = packaged && header.idstr == ram_section::id
+                                ? error(errc::bad_section, "no memory in a package", "its section")
+                                : load_section(header);
         if (!done) return done.error().within(header.path()).at_offset(position);
         return {};
     }
@@ -272,7 +308,8 @@ private:
         if (version_id != ram_section::version_id)
             return error(errc::version_too_old, "version " + std::to_string(ram_section::version_id),
                 std::to_string(version_id));
-        return ram.load(*in_, {advised_page_sizes_, options_.carry_unknown, options_.ram_limit, options_.ram_sync});
+        return ram.load(*in_,
+            {advised_page_sizes_, options_.carry_unknown, options_.ram_limit, options_.ram_sync, options_.ram_pages});
     }
     result<void> load_footer(std::uint32_t section_id) {
         if (!machine_.options().send_section_footer) return {};
@@ -389,6 +426,28 @@ private:
         case command::switchover_start:
             return {};
         default:
+            if (options_.postcopy == nullptr) return error(errc::unsupported, {}, std::string(format_of(number).name));
+            return obey_postcopy(number, length);
+        }
+    }
+    /// Those of a stream that goes on in postcopy.
+    result<void> obey_postcopy(command number, std::uint16_t length) {
+        switch (number) {
+        case command::postcopy_ram_discard: {
+            const std::uint64_t position = in_->offset();
+            std::vector<std::byte> payload(length);
+            if (!in_->read(payload.data(), payload.size())) return in_->failure();
+            return options_.postcopy->discard(payload, position);
+        }
+        case command::packaged:
+            return load_package();
+        case command::postcopy_listen:
+        case command::postcopy_run:
+            return error(errc::bad_command, "it inside of a package", "it outside");
+        case command::postcopy_resume:
+        case command::recv_bitmap:
+            return error(errc::bad_command, "it after a connection broke in postcopy", "it on the first");
+        default:
             return error(errc::unsupported, {}, std::string(format_of(number).name));
         }
     }
@@ -396,7 +455,7 @@ private:
     result<void> advise(std::uint16_t length) {
         if (advised_) return error(errc::bad_command, "POSTCOPY_ADVISE once", "a second one");
         advised_ = true;
-        if (length == 0) return {};
+        if (length == 0) return options_.commands != nullptr ? options_.commands->postcopy_advise(false) : result<void>();
         if (length != 16) return error(errc::bad_command, "0 or 16 bytes", std::to_string(length));
         const std::uint64_t page_sizes = in_->get_be64();
         const std::uint64_t page_size = in_->get_be64();
@@ -411,6 +470,89 @@ private:
                 "guest pages of " + std::to_string(machine_.options().guest_page_size()) + " bytes",
                 std::to_string(page_size));
         advised_page_sizes_ = page_sizes;
+        return options_.commands != nullptr ? options_.commands->postcopy_advise(true) : result<void>();
+    }
+
+    // ---- the package of postcopy
+
+    /// All devices at once, so that the stream is free for pages while they are loaded. Read in full before any of it is
+    /// looked at.
+    result<void> load_package() {
+        const std::uint32_t size = in_->get_be32();
+        if (in_->failed()) return in_->failure();
+        if (size > options_.package_limit)
+            return error(errc::out_of_range, "a package of at most " + std::to_string(options_.package_limit) + " bytes",
+                std::to_string(size));
+        const std::uint64_t position = in_->offset();
+        // Memory is taken as bytes come: what a stream says that it has is not yet there.
+        constexpr std::size_t piece = std::size_t{1} << 20;
+        std::vector<std::byte> package;
+        while (package.size() < size) {
+            const std::size_t begin = package.size();
+            package.resize(begin + std::min(piece, size - begin));
+            if (!in_->read(package.data() + begin, package.size() - begin)) return in_->failure();
+        }
+        reader& rest = *in_;
+        memory_reader items(package, position);
+        in_ = &items;
+        result<void> done = load_package_items(rest);
+        in_ = &rest;
+        return done;
+    }
+    result<void> load_package_items(reader& rest) {
+        while (in_->peek(1) != 0) {
+            const std::uint64_t position = in_->offset();
+            if (running_)
+                return error(errc::trailing_bytes, "nothing behind POSTCOPY_RUN", std::to_string(in_->window()) + " bytes")
+                    .at_offset(position);
+            const std::uint8_t type = in_->get_u8();
+            result<void> done;
+            switch (static_cast<section_type>(type)) {
+            case section_type::full:
+                done = load_start_or_full(position, section_type::full, true);
+                break;
+            case section_type::command:
+                done = load_package_command(position, rest);
+                break;
+            default:
+                return error(errc::bad_section, "a whole section or a command in a package", "type " + hex(type))
+                    .within("next section")
+                    .at_offset(position);
+            }
+            if (!done) return done;
+        }
+        if (running_) return {};
+        return error(errc::bad_command, "POSTCOPY_RUN at the package's end", "none").at_offset(in_->offset());
+    }
+    result<void> load_package_command(std::uint64_t position, reader& rest) {
+        const auto number = static_cast<command>(in_->get_be16());
+        const std::uint16_t length = in_->get_be16();
+        if (in_->failed()) return failed_in("command");
+        const command_format format = format_of(number);
+        const std::string name =
+            format.name.empty() ? std::to_string(static_cast<unsigned>(number)) : std::string(format.name);
+        result<void> done;
+        if (format.length && *format.length != length)
+            done = error(errc::bad_command, std::to_string(*format.length) + " bytes", std::to_string(length));
+        else if (number == command::ping)
+            done = obey(number, length);
+        else if (number == command::postcopy_listen)
+            done = listen(rest);
+        else if (number == command::postcopy_run)
+            done = run();
+        else
+            done = error(errc::bad_command, "PING, POSTCOPY_LISTEN or POSTCOPY_RUN in a package", name);
+        if (!done) return done.error().within(name).at_offset(position);
+        return {};
+    }
+    result<void> listen(reader& rest) {
+        for (const auto& [section_id, entry] : by_section_id_)
+            if (entry->ram() != nullptr) return options_.postcopy->listen(rest, section_id);
+        return error(errc::bad_command, "a section of memory that has begun and not ended", "none");
+    }
+    result<void> run() {
+        if (result<void> done = options_.postcopy->run(); !done) return done;
+        running_ = true;
         return {};
     }
 
@@ -471,6 +613,7 @@ private:
     bool return_path_open_ = false;
     bool advised_ = false;
     std::uint64_t advised_page_sizes_ = 0;
+    bool running_ = false; ///< POSTCOPY_RUN came: the rest of the stream is somebody else's
 };
 
 /// Loads a stream into a machine whose guest stands still. Errors name the section, the field and the offset in the

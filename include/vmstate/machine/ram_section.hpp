@@ -42,6 +42,20 @@ public:
     virtual result<void> multifd_flush() = 0;
 };
 
+/// Hears what of the memory a stream has brought, see `load_options::ram_pages`.
+class ram_page_listener {
+public:
+    ram_page_listener() = default;
+    ram_page_listener(const ram_page_listener&) = delete;
+    ram_page_listener& operator=(const ram_page_listener&) = delete;
+    virtual ~ram_page_listener() = default;
+
+    /// The stream's list of blocks has been read: those in `stream_order()`. A failure ends the load.
+    virtual result<void> blocks_listed() = 0;
+    /// A page is in memory.
+    virtual void page_loaded(const ram_block& block, std::uint64_t offset) noexcept = 0;
+};
+
 /// All RAM blocks of a machine, and the body of the section that carries them.
 class ram_section {
 public:
@@ -128,6 +142,7 @@ public:
         bool adopt_unknown = false;           ///< blocks that nobody registered get memory here
         std::uint64_t adopt_limit = 0;        ///< bytes of such memory, all blocks together
         ram_sync_listener* sync = nullptr;    ///< who has multifd channels; null for none
+        ram_page_listener* pages = nullptr;   ///< who keeps account of the pages; null for nobody
     };
 
     /// Before a stream begins: forgets which block the last page belonged to, and the blocks of an earlier stream.
@@ -157,7 +172,7 @@ public:
             }
             result<void> done = record.kind == ram_record_kind::block_list
                                     ? load_block_list(in, record, rules)
-                                    : load_page(in, record);
+                                    : load_page(in, record, rules.pages);
             if (!done) return done;
         }
         error failure = in.failure();
@@ -167,6 +182,10 @@ public:
 
     /// Whether the block's pages stay out of the stream: both sides see the same memory.
     bool is_ignored(const ram_block& block) const noexcept { return ignore_shared_ && block.options.shared; }
+
+    /// The reader of the stream's records as it is now, with the block that CONTINUE refers to: for whoever reads the
+    /// records from here on.
+    const ram_record_reader& records() const noexcept { return records_; }
 
     /// The blocks of the stream's list, in its order.
     const std::vector<ram_block*>& stream_order() const noexcept { return stream_order_; }
@@ -205,7 +224,7 @@ private:
             result<void> checked = check_block(entry, rules);
             if (!checked) return checked.error().within(entry.name).at_offset(entry.position);
         }
-        return {};
+        return rules.pages != nullptr ? rules.pages->blocks_listed() : result<void>();
     }
 
     result<void> check_block(const ram_block_entry& entry, const load_rules& rules) {
@@ -263,7 +282,7 @@ private:
         return adopted;
     }
 
-    result<void> load_page(reader& in, const ram_record& record) {
+    result<void> load_page(reader& in, const ram_record& record, ram_page_listener* pages) {
         if (record.names_block || current_ == nullptr) {
             current_ = find(records_.block());
             // A source lists all that it sends pages of: where one is missing, another has its place in the list.
@@ -275,6 +294,7 @@ private:
         }
         result<void> loaded = load_page_into(*current_, in, record);
         if (!loaded) return loaded.error().within(current_->name).at_offset(record.position);
+        if (pages != nullptr) pages->page_loaded(*current_, record.value);
         return {};
     }
 

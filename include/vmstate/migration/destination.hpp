@@ -4,9 +4,12 @@
 // a complete and valid load. Depends on the other headers of migration/, ram/, machine/ and stream/.
 //
 //     setup -> active -> device (everything is loaded) -> completed
+//                active -> postcopy-active (the guest runs) -> completed
+//                          postcopy-active -> postcopy-paused -> postcopy-recover -> postcopy-active
 //       any of them -> failed; setup and active -> cancelling -> cancelled
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -26,6 +29,7 @@
 #include <vmstate/migration/monitor.hpp>
 #include <vmstate/migration/multifd_receiver.hpp>
 #include <vmstate/migration/parameters.hpp>
+#include <vmstate/migration/postcopy_incoming.hpp>
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/ram/present_pages.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
@@ -42,6 +46,12 @@ public:
         : machine_(into), guest_(of), settings_(settings), loading_(loading) {}
     destination(const destination&) = delete;
     destination& operator=(const destination&) = delete;
+    /// Ends a migration that is under way, as `cancel` and `give_up` do, and waits until its `run` is about to return.
+    ~destination() {
+        cancel();
+        give_up();
+        monitor_.wait_until([this](const migration::status&) { return !inside_.load(); });
+    }
 
     /// Listens at a `tcp:` or `unix:` URI, so that `uri()` can be told to the source before `run()` waits for it.
     result<void> listen(std::string_view uri) {
@@ -58,17 +68,10 @@ public:
     }
     /// Waits for the source at the address of `listen`, loads, and starts the guest. Returns when the guest runs, or
     /// with what went wrong; then the guest was not started, and machine and memory may be partly loaded.
-    result<void> run() {
-        const channel_acceptor accept = [this](const opening_options& options) -> result<std::unique_ptr<input_channel>> {
-            if (listener_ == nullptr) return error(errc::invalid_argument, "listen() before run()", "none");
-            listener_->set_timeout(options.timeout);
-            const std::stop_callback end(options.stop, [this] { listener_->cancel(); });
-            result<std::unique_ptr<duplex_channel>> accepted = listener_->accept();
-            if (!accepted) return accepted.error();
-            return std::unique_ptr<input_channel>(std::move(*accepted));
-        };
-        return run_with(accept, true);
-    }
+    ///
+    /// With `postcopy_ram` the guest may run before: from `postcopy_active` on. Then this returns when every page is there.
+    /// A connection that breaks meanwhile is no end of it: see `recover` and `give_up`.
+    result<void> run() { return run_with(accept_from_listener(), true); }
     /// The same at a URI: `tcp:` and `unix:` listen for one source, `exec:`, `fd:` and `file:` read.
     result<void> run(std::string_view uri) {
         const result<vmstate::uri> where = parse_uri(uri);
@@ -90,14 +93,67 @@ public:
         return run_with(accept, true);
     }
 
-    migration::status status() const { return monitor_.snapshot(); }
-    /// From another thread: ends a `run` that waits or reads. Too late once everything has been loaded.
+    migration::status status() const {
+        const std::shared_ptr<postcopy_incoming> postcopy = [this] {
+            const std::lock_guard lock(channel_mutex_);
+            return postcopy_;
+        }();
+        migration::status now = monitor_.snapshot();
+        if (postcopy) now.postcopy = postcopy->status();
+        return now;
+    }
+    /// From another thread: ends a `run` that waits or reads. Too late once everything has been loaded, or the guest runs:
+    /// in postcopy it does nothing.
     void cancel() {
         if (!monitor_.enter_unless(state::device, state::cancelling)) return;
         const std::lock_guard lock(channel_mutex_);
         accepting_.request_stop();
         for (const std::shared_ptr<input_channel>& one : channels_) one->shutdown();
     }
+
+    // ---- postcopy, from other threads than the one in `run`
+
+    /// In `postcopy_paused`: listens at a `tcp:` or `unix:` URI for the source's next connection, and returns; `uri()` says
+    /// where (QEMU: migrate-recover). When the source has come the state is `postcopy_recover`, and `postcopy_active` when
+    /// the pages go on; where that fails it is `postcopy_paused` again, and this can be called again.
+    result<void> recover(std::string_view uri) {
+        if (result<void> paused = check_paused(); !paused) return paused;
+        if (result<void> listening = listen(uri); !listening) return listening;
+        return recover(accept_from_listener());
+    }
+    /// The same over channels that `accept` gives: the main one first.
+    result<void> recover(const channel_acceptor& accept) {
+        if (!accept) return error(errc::invalid_argument, "an acceptor", "none");
+        if (result<void> paused = check_paused(); !paused) return paused;
+        {
+            const std::lock_guard lock(channel_mutex_);
+            recovery_ = accept;
+            recovery_asked_ = true;
+        }
+        monitor_.wake();
+        return {};
+    }
+    /// Breaks the connection of a postcopy on purpose (QEMU: migrate-pause): the state becomes `postcopy_paused`. Does
+    /// nothing in other states than `postcopy_active` and `postcopy_recover`.
+    void pause() {
+        const std::lock_guard lock(channel_mutex_);
+        const state now = monitor_.now();
+        if (postcopy_ && (now == state::postcopy_active || now == state::postcopy_recover))
+            postcopy_->broken(error(errc::io, {}, "paused"));
+    }
+    /// Ends a postcopy that isn't complete, paused or not, as failed. What has not come is lost: whoever waits for a page
+    /// goes on with zeros, so that a guest that runs is no longer one, but nothing hangs.
+    void give_up() {
+        {
+            const std::lock_guard lock(channel_mutex_);
+            if (!is_postcopy(monitor_.now())) return;
+            given_up_ = true;
+            accepting_.request_stop();
+            if (postcopy_) postcopy_->broken(error(errc::io, {}, "given up"));
+        }
+        monitor_.wake();
+    }
+
     /// One at a time; an empty one for none.
     void observe(observer who) { monitor_.observe(std::move(who)); }
 
@@ -106,33 +162,34 @@ private:
     /// loads.
     class answers final : public command_listener {
     public:
-        answers(const machine& into, input_channel& channel, bool acks_switchover)
-            : machine_(into), channel_(channel), acks_switchover_(acks_switchover) {}
+        /// `postcopy` is null where the migration can't go on in it.
+        answers(const machine& into, input_channel& channel, return_path& back, bool acks_switchover, postcopy_incoming* postcopy)
+            : machine_(into), channel_(channel), back_(back), acks_switchover_(acks_switchover), postcopy_(postcopy) {}
 
         result<void> open_return_path() override {
-            result<std::unique_ptr<duplex_channel>> back = channel_.get_return_path();
-            if (!back) return back.error();
-            {
-                const std::lock_guard lock(sender_mutex_);
-                way_back_ = std::move(*back);
-                sender_ = std::make_unique<return_path_sender>(*way_back_);
-            }
+            if (result<void> opened = back_.open(channel_); !opened) return opened;
             // Nothing here needs to see a part of the memory before the source stops.
-            return acks_switchover_ ? sender_->send(return_message::switchover_ack) : result<void>();
+            return acks_switchover_ ? back_.send(return_message::switchover_ack) : result<void>();
         }
         result<void> ping(std::uint32_t value) override {
-            if (sender_ == nullptr) return {};
             if (value == ping_which_blocks_are_zero) {
                 if (!zero_blocks_) find_zero_blocks();
-                for (const std::uint32_t number : *zero_blocks_)
-                    if (result<void> told = sender_->send(return_message::pong, pong_block_is_zero | number); !told) return told;
+                for (const std::uint32_t number : *zero_blocks_) {
+                    if (result<void> told = back_.send(return_message::pong, pong_block_is_zero | number); !told) return told;
+                    if (postcopy_ != nullptr) postcopy_->block_is_zero(*machine_.ram()->stream_order()[number]);
+                }
             }
-            return sender_->send(return_message::pong, value);
+            return back_.send(return_message::pong, value);
+        }
+        result<void> postcopy_advise(bool with_memory) override {
+            if (with_memory != (postcopy_ != nullptr))
+                return error(errc::bad_command, postcopy_ != nullptr ? "the source's postcopy-ram, as here" : "no postcopy-ram, as here",
+                    with_memory ? "it on" : "it off");
+            return with_memory ? postcopy_->advise() : result<void>();
         }
         /// The last message.
         result<void> shut(bool loaded) {
-            const std::lock_guard lock(sender_mutex_);
-            return sender_ != nullptr ? sender_->send(return_message::shut, loaded ? 0u : 1u) : result<void>();
+            return back_.is_open() ? back_.send(return_message::shut, loaded ? 0u : 1u) : result<void>();
         }
         /// Before the first page: it may have come over another channel by the time that the source asks.
         void find_zero_blocks() {
@@ -149,12 +206,22 @@ private:
     private:
         const machine& machine_;
         input_channel& channel_;
+        return_path& back_;
         bool acks_switchover_;
+        postcopy_incoming* postcopy_;
         std::optional<std::vector<std::uint32_t>> zero_blocks_; ///< by their number in the stream's list
-        std::unique_ptr<duplex_channel> way_back_;
-        std::mutex sender_mutex_; ///< sender_, where it is made and where a channel's thread uses it
-        std::unique_ptr<return_path_sender> sender_;
     };
+
+    channel_acceptor accept_from_listener() {
+        return [this](const opening_options& options) -> result<std::unique_ptr<input_channel>> {
+            if (listener_ == nullptr) return error(errc::invalid_argument, "listen() before run()", "none");
+            listener_->set_timeout(options.timeout);
+            const std::stop_callback end(options.stop, [this] { listener_->cancel(); });
+            result<std::unique_ptr<duplex_channel>> accepted = listener_->accept();
+            if (!accepted) return accepted.error();
+            return std::unique_ptr<input_channel>(std::move(*accepted));
+        };
+    }
 
     result<void> fail_at_once(const error& failure) {
         if (!monitor_.enter(state::setup)) return failure;
@@ -165,25 +232,47 @@ private:
 
     result<void> run_with(const channel_acceptor& accept, bool several_channels) {
         if (result<void> fit = check(settings_, several_channels); !fit) return fit;
+        if (result<void> fit = check_postcopy(several_channels); !fit) return fit;
+        if (inside_.exchange(true))
+            return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
+        result<void> done = run_inside(accept);
+        // Under the monitor's lock: the destructor is over as soon as it sees this.
+        monitor_.leave(inside_);
+        return done;
+    }
+    result<void> check_postcopy(bool several_channels) const {
+        if (settings_.postcopy_preempt && !settings_.postcopy_ram)
+            return error(errc::invalid_argument, "postcopy_ram with postcopy_preempt", "it off");
+        if (settings_.postcopy_preempt && !several_channels)
+            return error(errc::invalid_argument, "tcp:, unix:, or a way to accept another channel for postcopy_preempt", "one channel");
+        if (settings_.postcopy_ram && settings_.multifd) return error(errc::invalid_argument, "multifd or postcopy_ram", "both");
+        return {};
+    }
+
+    result<void> run_inside(const channel_acceptor& accept) {
         if (!monitor_.enter(state::setup))
             return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
         {
             const std::lock_guard lock(channel_mutex_);
             accepting_ = std::stop_source();
             if (monitor_.now() == state::cancelling) accepting_.request_stop(); // of the one before
+            given_up_ = false;
+            recovery_asked_ = false;
         }
         std::shared_ptr<input_channel> channel;
         result<void> done = [&]() -> result<void> {
             result<incoming_channels> opened = open(accept);
             if (!opened) return std::move(opened.error()).within("setup");
             channel = std::move(opened->main);
-            return receive(*channel, std::move(opened->multifd));
+            return receive(channel, std::move(opened->multifd), accept);
         }();
-        {
+        const std::shared_ptr<postcopy_incoming> postcopy = [this] {
             const std::lock_guard lock(channel_mutex_);
             channels_.clear();
             listener_.reset();
-        }
+            return std::exchange(postcopy_, nullptr);
+        }();
+        if (postcopy) monitor_.update([&](migration::status& at) { at.postcopy = postcopy->status(); });
         if (channel) {
             const result<void> closed = channel->close();
             if (done) done = closed;
@@ -242,12 +331,25 @@ private:
         for (const std::unique_ptr<ram_block>& block : machine_.ram()->blocks())
             if (block->options.host_page_size == ram_memory::small_page) advise_huge_pages(block->memory);
     }
-    result<void> receive(input_channel& channel, std::vector<std::shared_ptr<input_channel>> multifd) {
+    result<void> receive(std::shared_ptr<input_channel>& main, std::vector<std::shared_ptr<input_channel>> multifd,
+        const channel_acceptor& accept) {
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
         prepare_memory();
-        answers back(machine_, channel, settings_.switchover_ack);
+        input_channel& channel = *main;
+        return_path way_back;
+        std::shared_ptr<postcopy_incoming> postcopy;
+        if (settings_.postcopy_ram) {
+            postcopy = std::make_shared<postcopy_incoming>(
+                machine_, settings_, way_back, [this] { monitor_.enter(state::postcopy_active); });
+            postcopy->connect(main, accept);
+            const std::lock_guard lock(channel_mutex_);
+            postcopy_ = postcopy;
+        }
+        answers back(machine_, channel, way_back, settings_.switchover_ack, postcopy.get());
         load_options loading = loading_;
         loading.commands = &back;
+        loading.postcopy = postcopy.get();
+        loading.ram_pages = postcopy.get();
         std::optional<multifd_receiver> pages;
         if (settings_.multifd) {
             // The source is told, and whoever waits for the main channel goes on.
@@ -269,11 +371,21 @@ private:
             // What has gone wrong there is the reason for what is wrong here.
             if (result<void> complete = pages->finish(loaded.has_value()); !complete) loaded = complete;
         }
-        monitor_.update([&](migration::status& at) {
-            at.ram.multifd_bytes = pages ? pages->bytes() : 0;
-            at.ram.transferred = in.offset() + at.ram.multifd_bytes;
-            at.ram.page_size = machine_.options().guest_page_size();
-        });
+        if (postcopy && postcopy->is_listening()) {
+            result<void> done = loaded ? run_in_postcopy(*postcopy, main, way_back) : fail_before_run(*postcopy, loaded.error());
+            // No thread of its may be left when the reader goes.
+            postcopy->release();
+            update_ram(postcopy->bytes(), 0);
+            static_cast<void>(back.shut(done.has_value()));
+            if (done) monitor_.enter(state::completed);
+            return done;
+        }
+        if (postcopy) {
+            if (loaded && postcopy->now() == postcopy_state::discard)
+                loaded = error(errc::bad_command, "POSTCOPY_LISTEN after POSTCOPY_RAM_DISCARD", "the end").within("postcopy");
+            postcopy->release();
+        }
+        update_ram(in.offset(), pages ? pages->bytes() : 0);
         // It may be gone; that it could not be told is no news then.
         if (!loaded) {
             static_cast<void>(back.shut(false));
@@ -289,16 +401,96 @@ private:
         monitor_.enter(state::completed);
         return {};
     }
+    void update_ram(std::uint64_t main_bytes, std::uint64_t multifd_bytes) {
+        monitor_.update([&](migration::status& at) {
+            at.ram.multifd_bytes = multifd_bytes;
+            at.ram.transferred = main_bytes + multifd_bytes;
+            at.ram.page_size = machine_.options().guest_page_size();
+        });
+    }
+
+    // ---- postcopy
+
+    /// The package could not be loaded, and a reason that a thread of pages has had before goes first.
+    static result<void> fail_before_run(postcopy_incoming& postcopy, const error& failure) {
+        postcopy.broken(failure);
+        return std::move(postcopy.wait().error()).within("active");
+    }
+    /// The package is loaded: the guest runs, and this waits for its memory, over as many connections as it takes.
+    result<void> run_in_postcopy(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, return_path& back) {
+        if (!monitor_.enter_unless(state::cancelling, state::postcopy_active)) return error(errc::io, {}, "cancelled");
+        if (guest_.vcpu_threads) postcopy.set_vcpu_threads(guest_.vcpu_threads());
+        if (guest_.start) {
+            if (result<void> started = guest_.start(); !started) return std::move(started.error()).within("start");
+        }
+        channel_acceptor accept; // of the connection
+        result<void> session = postcopy.wait();
+        while (!session) {
+            postcopy.pause();
+            back.close();
+            main->shutdown();
+            {
+                const std::lock_guard lock(channel_mutex_);
+                channels_.clear();
+                listener_.reset();
+                accepting_ = std::stop_source();
+                recovery_asked_ = false;
+                if (given_up_) return std::move(session.error()).within("postcopy");
+            }
+            static_cast<void>(main->close());
+            monitor_.update([&](migration::status& at) { at.error_desc = session.error(); });
+            monitor_.enter(state::postcopy_paused);
+            session = recover_once(postcopy, main, accept);
+        }
+        postcopy.finish();
+        monitor_.update([](migration::status& at) { at.error_desc = {}; });
+        return {};
+    }
+    /// Waits to be told to recover, and for the source; then for the end of that connection.
+    result<void> recover_once(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, channel_acceptor& accept) {
+        monitor_.wait_until([this](const migration::status&) { return given_up_.load() || recovery_asked_.load(); });
+        {
+            const std::lock_guard lock(channel_mutex_);
+            if (given_up_) return error(errc::io, {}, "given up");
+            accept = recovery_;
+        }
+        result<std::unique_ptr<input_channel>> next = accept({std::chrono::milliseconds(0), stop_token()});
+        if (!next) return std::move(next.error()).within("recover");
+        if (!*next) return error(errc::invalid_argument, "a channel", "none").within("recover");
+        main = std::move(*next);
+        if (settings_.peer_timeout.count() != 0) main->set_timeout(settings_.peer_timeout);
+        postcopy.connect(main, accept);
+        monitor_.enter(state::postcopy_recover);
+        {
+            // Who gave up before there was something to break.
+            const std::lock_guard lock(channel_mutex_);
+            if (given_up_) postcopy.broken(error(errc::io, {}, "given up"));
+        }
+        if (result<void> started = postcopy.recover(); !started) postcopy.broken(started.error());
+        return postcopy.wait();
+    }
+    result<void> check_paused() const {
+        const std::lock_guard lock(channel_mutex_);
+        if (monitor_.now() != state::postcopy_paused)
+            return error(errc::invalid_argument, "a postcopy that is paused", std::string(to_string(monitor_.now())));
+        if (recovery_asked_) return error(errc::invalid_argument, "one recovery at a time", "a second one");
+        return {};
+    }
 
     machine& machine_;
     guest& guest_;
     migration::parameters settings_;
     load_options loading_;
     detail::monitor monitor_;
-    mutable std::mutex channel_mutex_; ///< listener_, channels_, accepting_
+    mutable std::mutex channel_mutex_; ///< all below but inside_
     std::unique_ptr<socket_listener> listener_;
     std::vector<std::shared_ptr<input_channel>> channels_; ///< the main one and those of multifd, during a migration
     std::stop_source accepting_;
+    std::shared_ptr<postcopy_incoming> postcopy_; ///< during a migration that may go on in it
+    channel_acceptor recovery_;                   ///< asked for while paused, where `recovery_asked_` says so
+    std::atomic<bool> recovery_asked_ = false;    ///< with given_up_ looked at without the mutex, too
+    std::atomic<bool> given_up_ = false;
+    std::atomic<bool> inside_ = false; ///< of `run`
 };
 
 } // namespace vmstate::migration

@@ -3,10 +3,12 @@
 // What a migration asks of the guest: to stand still, to go on, and which pages it has written. Depends on ram/.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <vmstate/ram/dirty_log.hpp>
 #include <vmstate/support/result.hpp>
@@ -26,6 +28,9 @@ struct guest {
     std::map<std::string, any_dirty_log, std::less<>> dirty_logs = {};
     /// Takes `percent` of the guest's time away from it, 0 for none (`auto-converge`); may be empty.
     std::function<void(unsigned percent)> throttle = {};
+    /// The threads of the vCPUs, as gettid says them; may be empty. Asked at a destination in postcopy, right before `start`:
+    /// how long all of them stood still together is the status's `blocktime`.
+    std::function<std::vector<std::uint32_t>()> vcpu_threads = {};
 };
 
 } // namespace vmstate::migration

@@ -3,6 +3,7 @@
 // The state and the status of a migration, shared by its threads and the user's. Depends on status.hpp.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
@@ -75,6 +76,12 @@ public:
     /// For whoever waits on something that isn't in the status.
     void wake() const {
         { const std::lock_guard lock(status_mutex_); }
+        changed_.notify_all();
+    }
+    /// Takes `inside` back. Who waits for that may destroy this as soon as it is done.
+    void leave(std::atomic<bool>& inside) const {
+        const std::lock_guard lock(status_mutex_);
+        inside.store(false);
         changed_.notify_all();
     }
     void observe(observer who) {

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <string>
@@ -44,16 +45,18 @@ public:
     /// `way_back` has to outlive this.
     explicit return_path_sender(output_channel& way_back) : channel_(way_back) {}
 
-    result<void> send(return_message type, std::span<const std::byte> payload) {
+    result<void> send(return_message type, std::span<const std::byte> payload) { return send(type, payload, {}); }
+    /// `behind` follows the message, outside of its length, and nothing comes between.
+    result<void> send(return_message type, std::span<const std::byte> payload, std::span<const std::byte> behind) {
         std::array<std::byte, 4 + max_return_payload> message;
         if (payload.size() > max_return_payload)
             return error(errc::invalid_argument, "a message of at most 512 bytes", std::to_string(payload.size()));
         std::byte* p = vmstate::detail::store_big(message.data(), static_cast<std::uint16_t>(type));
         p = vmstate::detail::store_big(p, static_cast<std::uint16_t>(payload.size()));
         for (const std::byte b : payload) *p++ = b;
-        const std::span<const std::byte> whole(message.data(), p);
+        const std::array<std::span<const std::byte>, 2> parts{std::span<const std::byte>(message.data(), p), behind};
         const std::lock_guard lock(channel_mutex_);
-        return channel_.writev({&whole, 1});
+        return channel_.writev(std::span(parts).first(behind.empty() ? 1 : 2));
     }
     result<void> send(return_message type) { return send(type, std::span<const std::byte>()); }
     result<void> send(return_message type, std::uint32_t value) {
@@ -65,6 +68,44 @@ public:
 private:
     std::mutex channel_mutex_;
     output_channel& channel_;
+};
+
+/// A destination's way back, through one connection and, in postcopy, the ones after it. Any thread sends; all messages
+/// go through one mutex.
+class return_path {
+public:
+    /// Opens that of `channel`, in place of an earlier one.
+    result<void> open(input_channel& channel) {
+        result<std::unique_ptr<duplex_channel>> back = channel.get_return_path();
+        if (!back) return back.error();
+        const std::lock_guard lock(sender_mutex_);
+        sender_.reset();
+        way_back_ = std::move(*back);
+        sender_ = std::make_unique<return_path_sender>(*way_back_);
+        return {};
+    }
+    bool is_open() const {
+        const std::lock_guard lock(sender_mutex_);
+        return sender_ != nullptr;
+    }
+    /// Waits for a message that is being sent: where the peer takes nothing, shut the channel down first.
+    void close() {
+        const std::lock_guard lock(sender_mutex_);
+        sender_.reset();
+        way_back_.reset();
+    }
+    /// What `return_path_sender::send` takes. `errc::io` where there is no way back.
+    template <class... Content>
+    result<void> send(return_message type, const Content&... content) {
+        const std::lock_guard lock(sender_mutex_);
+        if (sender_ == nullptr) return error(errc::io, {}, "no return path");
+        return sender_->send(type, content...);
+    }
+
+private:
+    mutable std::mutex sender_mutex_; ///< both below
+    std::unique_ptr<duplex_channel> way_back_;
+    std::unique_ptr<return_path_sender> sender_;
 };
 
 /// A message that has arrived.

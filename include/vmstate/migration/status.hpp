@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // What is known of a migration at one moment, under the names of QEMU's `query-migrate`. Depends on state.hpp,
-// ram/xbzrle.hpp and support/.
+// postcopy/, ram/xbzrle.hpp and support/.
 #pragma once
 
 #include <chrono>
 #include <cstdint>
 
 #include <vmstate/migration/state.hpp>
+#include <vmstate/postcopy/state.hpp>
+#include <vmstate/postcopy/statistics.hpp>
 #include <vmstate/ram/xbzrle.hpp>
 #include <vmstate/support/result.hpp>
 
@@ -34,10 +36,20 @@ struct ram_status {
     double mbps = 0; ///< megabits per second on the channel, lately
 };
 
+/// A destination in postcopy.
+struct postcopy_status {
+    postcopy_state state = postcopy_state::none;
+    std::uint64_t requests = 0;     ///< pages asked for, those asked for again after a recovery included
+    std::uint64_t waiting = 0;      ///< of which so many haven't come yet
+    std::uint64_t interruptions = 0; ///< how often a connection broke
+    postcopy_fault_status faults;   ///< what the guest waited for (QEMU: postcopy-blocktime, postcopy-latency)
+};
+
 /// MigrationInfo: a consistent snapshot.
 struct status {
     migration::state state = migration::state::none;
     ram_status ram;
+    postcopy_status postcopy;
     xbzrle_counts xbzrle_cache; ///< with the parameter `xbzrle`
     std::chrono::milliseconds total_time{0};        ///< since the start, or in all
     std::chrono::milliseconds setup_time{0};        ///< until the first page

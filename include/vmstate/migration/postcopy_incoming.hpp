@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// The destination's half of postcopy, from POSTCOPY_ADVISE to the last page: what the main thread does of it, the listen
+// thread, and the thread of the preempt channel; through one connection and those after it. Depends on postcopy/, machine/
+// and stream/.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <stop_token>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <vmstate/codec/reader.hpp>
+#include <vmstate/codec/writer.hpp>
+#include <vmstate/machine/load.hpp>
+#include <vmstate/machine/machine.hpp>
+#include <vmstate/machine/ram_records.hpp>
+#include <vmstate/machine/wire.hpp>
+#include <vmstate/migration/parameters.hpp>
+#include <vmstate/migration/return_path.hpp>
+#include <vmstate/migration/status.hpp>
+#include <vmstate/postcopy/discard.hpp>
+#include <vmstate/postcopy/discard_memory.hpp>
+#include <vmstate/postcopy/fault_thread.hpp>
+#include <vmstate/postcopy/page_assembler.hpp>
+#include <vmstate/postcopy/page_placer.hpp>
+#include <vmstate/postcopy/page_requests.hpp>
+#include <vmstate/postcopy/received_bitmap.hpp>
+#include <vmstate/postcopy/received_pages.hpp>
+#include <vmstate/postcopy/state.hpp>
+#include <vmstate/postcopy/statistics.hpp>
+#include <vmstate/postcopy/support.hpp>
+#include <vmstate/stream/buffered_reader.hpp>
+#include <vmstate/stream/connector.hpp>
+
+namespace vmstate::migration {
+
+/// The main thread calls everything that isn't said to be for others. From `listen` on there are threads that place pages;
+/// what they, or the fault thread, find wrong ends the connection: both channels are shut down, and `wait` says why.
+/// Guest memory is touched by the main thread alone, which the others never wait for.
+class postcopy_incoming final : public postcopy_listener, public ram_page_listener {
+public:
+    /// All have to outlive this. `resumed`: a recovery has come to its end; called on the listen thread.
+    postcopy_incoming(machine& into, const parameters& settings, return_path& back, std::function<void()> resumed)
+        : machine_(into)
+        , settings_(settings)
+        , back_(back)
+        , resumed_(std::move(resumed))
+        , received_(into.options().guest_page_size())
+        , requests_(received_) {}
+    ~postcopy_incoming() override { release(); }
+
+    /// The first connection, or the one after a break: `accept` opens more to the same source, and lives until `wait`.
+    void connect(std::shared_ptr<input_channel> main, const channel_acceptor& accept) {
+        const std::lock_guard lock(session_mutex_);
+        main_ = std::move(main);
+        accept_ = &accept;
+        accepting_ = std::stop_source();
+        failure_.reset();
+        over_ = false;
+        preempt_ended_ = false;
+    }
+
+    // ---- what the stream asks for, until the guest runs
+
+    /// POSTCOPY_ADVISE: `errc::unsupported`, with reason and remedy, where this can't go on in postcopy.
+    result<void> advise() {
+        if (result<void> step = progress_.enter(postcopy_state::advise); !step) return step;
+        const ram_section* const ram = machine_.ram();
+        if (ram == nullptr) return error(errc::unsupported, "memory, to fetch pages for", "none").within("postcopy");
+        if (!ram->stream_order().empty()) return error(errc::bad_command, "it before the list of RAM blocks", "it behind");
+        if (result<void> fit = check_postcopy_support(*ram); !fit) return fit;
+        return settings_.postcopy_preempt ? start_preempt() : result<void>();
+    }
+    result<void> blocks_listed() override {
+        if (progress_.now() == postcopy_state::none) return {};
+        const ram_section& ram = *machine_.ram();
+        for (ram_block* const block : ram.stream_order()) {
+            if (ram.is_ignored(*block)) continue;
+            received_.add(*block);
+            blocks_.emplace(block->name, block);
+        }
+        return {};
+    }
+    void page_loaded(const ram_block& block, std::uint64_t offset) noexcept override {
+        received_.mark(block, offset, received_.page_size());
+    }
+    /// The source was told that the block is zero here: its pages need not come.
+    void block_is_zero(const ram_block& block) noexcept { received_.mark(block, 0, block.used_length); }
+
+    result<void> discard(std::span<const std::byte> payload, std::uint64_t offset) override {
+        const result<postcopy_state> before = progress_.enter_or_stay(postcopy_state::discard);
+        if (!before) return before.error();
+        if (*before == postcopy_state::advise) prepare();
+        const ram_section* const ram = machine_.ram();
+        const result<discard_command> command = decode_discard(payload, *ram, offset);
+        if (!command) return command.error();
+        const ram_block& block = *command->block;
+        if (find(block.name) == nullptr)
+            return std::move(error(errc::bad_ram, "a block of the stream's list", block.name).at_offset(offset));
+        page_bitmap& owed = owed_.try_emplace(&block, pages(block.memory.size())).first->second;
+        for (const ram_range& range : command->ranges) {
+            if (result<void> gone = discard_range(block, range); !gone) return gone;
+            received_.clear(block, range.start, range.length);
+            owed.set_range(pages(range.start), pages(range.length));
+        }
+        return {};
+    }
+    result<void> listen(reader& rest, std::uint32_t ram_section_id) override {
+        const postcopy_state before = progress_.now();
+        if (result<void> step = progress_.enter(postcopy_state::listen); !step) return step;
+        if (!back_.is_open()) return error(errc::bad_command, "OPEN_RETURN_PATH before it", "none");
+        if (before == postcopy_state::advise) prepare();
+        ram_section_id_ = ram_section_id;
+        placer_.emplace(received_);
+        faults_.emplace(*placer_, requests_, statistics_, [this](const error& why) { broken(error(why).within("faults")); });
+        if (result<void> started = placer_->start(); !started) return started;
+        if (result<void> started = faults_->start(); !started) return started;
+        if (result<void> asked = ask(); !asked) return asked;
+        {
+            const std::lock_guard lock(session_mutex_);
+            listening_ = true;
+        }
+        changed_.notify_all();
+        return start_listening([this, &rest, records = machine_.ram()->records()] { return serve_main(rest, records, true); });
+    }
+    result<void> run() override {
+        const std::lock_guard lock(session_mutex_);
+        // Of a connection that broke before, the source's guest runs on.
+        if (failure_) return *failure_;
+        if (result<void> step = progress_.enter(postcopy_state::running); !step) return step;
+        running_ = true;
+        return {};
+    }
+
+    // ---- afterwards
+
+    /// Whether the main stream is the listen thread's.
+    bool is_listening() const {
+        const std::lock_guard lock(session_mutex_);
+        return listening_;
+    }
+    postcopy_state now() const { return progress_.now(); }
+
+    /// Waits for the end of the connection: nothing where every page is there, or what went wrong. No thread but the fault
+    /// thread is left.
+    result<void> wait() {
+        if (listen_.joinable()) listen_.join();
+        // The pages that somebody waited for may still be on their way through the other channel.
+        if (preempt_.joinable() && find_missing()) {
+            std::unique_lock lock(session_mutex_);
+            const auto ended = [&] { return failure_.has_value() || preempt_ended_; };
+            if (settings_.peer_timeout.count() == 0) changed_.wait(lock, ended);
+            else changed_.wait_for(lock, settings_.peer_timeout, ended);
+        }
+        end_preempt();
+        std::optional<error> missing = find_missing();
+        const std::lock_guard lock(session_mutex_);
+        if (!failure_) failure_ = std::move(missing);
+        if (failure_) return *failure_;
+        return {};
+    }
+    /// After `wait` said that something went wrong: the guest keeps what it has.
+    void pause() {
+        requests_.disconnect();
+        static_cast<void>(progress_.enter(postcopy_state::paused));
+        const std::lock_guard lock(statistics_mutex_);
+        ++interruptions_;
+    }
+    /// After `connect` with another connection, whose stream begins without a header.
+    result<void> recover() {
+        if (result<void> step = progress_.enter(postcopy_state::recover); !step) return step;
+        if (settings_.postcopy_preempt)
+            if (result<void> started = start_preempt(); !started) return started;
+        return start_listening([this] {
+            buffered_reader in(*main_);
+            return serve_main(in, ram_record_reader(received_.page_size()), false);
+        });
+    }
+    /// Everything is there.
+    void finish() {
+        static_cast<void>(progress_.enter(postcopy_state::end));
+        release();
+    }
+    /// Ends whatever there is: who waits for a page goes on, and finds zeros where none came.
+    void release() {
+        broken(error(errc::io, {}, "given up"));
+        requests_.disconnect();
+        if (listen_.joinable()) listen_.join();
+        end_preempt();
+        if (faults_) faults_->stop();
+        faults_.reset();
+        placer_.reset();
+        if (std::exchange(prepared_, false)) set_huge_pages(true);
+    }
+
+    /// Any thread: the connection is of no use any more. The first reason counts, and none after its end.
+    void broken(error why) {
+        const std::lock_guard lock(session_mutex_);
+        if (over_ || failure_) return;
+        failure_ = std::move(why);
+        accepting_.request_stop();
+        if (main_) main_->shutdown();
+        if (preempt_channel_) preempt_channel_->shutdown();
+        changed_.notify_all();
+        // The main thread may be waiting for a page, in a device's post_load: it is to come back and find out.
+        if (listening_ && !running_ && placer_)
+            received_.for_each_block([&](const ram_block& block) { static_cast<void>(placer_->fault().remove(block.used())); });
+    }
+
+    /// Any thread.
+    postcopy_status status() const {
+        postcopy_status now;
+        now.state = progress_.now();
+        now.requests = requests_.sent();
+        now.waiting = requests_.waiting();
+        now.faults = statistics_.snapshot();
+        const std::lock_guard lock(statistics_mutex_);
+        now.interruptions = interruptions_;
+        return now;
+    }
+    /// Before the guest runs.
+    void set_vcpu_threads(const std::vector<std::uint32_t>& thread_ids) { statistics_.set_vcpu_threads(thread_ids); }
+    /// On the channels whose threads have ended.
+    std::uint64_t bytes() const {
+        const std::lock_guard lock(session_mutex_);
+        return bytes_;
+    }
+
+private:
+    std::size_t pages(std::uint64_t bytes) const noexcept { return static_cast<std::size_t>(bytes / received_.page_size()); }
+    ram_block* find(std::string_view name) const {
+        const auto found = blocks_.find(name);
+        return found != blocks_.end() ? found->second : nullptr;
+    }
+    void prepare() {
+        set_huge_pages(false);
+        prepared_ = true;
+    }
+    void set_huge_pages(bool on) const {
+        received_.for_each_block([&](const ram_block& block) { set_transparent_huge_pages(block, on); });
+    }
+    result<void> ask() {
+        return requests_.connect([this](const page_request_message& message) {
+            return back_.send(static_cast<return_message>(message.type()), message.payload());
+        });
+    }
+    /// Of what was thrown away, the first page that didn't come; or a page that somebody waits for.
+    std::optional<error> find_missing() const {
+        const auto missing = [](const ram_block& block, std::uint64_t offset) {
+            return std::move(error(errc::bad_ram, "every page by the end", "none at " + std::to_string(offset)).within(block.name));
+        };
+        for (const auto& [block, owed] : owed_)
+            for (page_run run = owed.find_next_run(0); run.count != 0; run = owed.find_next_run(run.first + run.count))
+                for (std::size_t page = run.first; page != run.first + run.count; ++page)
+                    if (!received_.has(*block, page * received_.page_size(), received_.page_size()))
+                        return missing(*block, page * received_.page_size());
+        if (requests_.waiting() != 0)
+            return error(errc::bad_ram, "every page by the end", std::to_string(requests_.waiting()) + " that were asked for are missing");
+        return std::nullopt;
+    }
+
+    // ---- the listen thread
+
+    template <class Serve>
+    result<void> start_listening(Serve serve) {
+        return start(listen_, [this, serve = std::move(serve)] {
+            if (result<void> done = serve(); !done) broken(done.error());
+        });
+    }
+    template <class Job>
+    static result<void> start(std::thread& thread, Job job) {
+        try {
+            thread = std::thread(std::move(job));
+        } catch (const std::system_error& refused) {
+            return error(errc::io, {}, std::string("thread: ") + refused.what());
+        }
+        return {};
+    }
+
+    /// Where the main stream is.
+    struct main_stream {
+        reader& in;
+        ram_record_reader records;
+        page_assembler assembler;
+        ram_block* block = nullptr; ///< CONTINUE
+        bool resumed;               ///< pages may come
+        bool ram_ended = false;
+    };
+
+    /// The rest of the main stream: pages, PINGs, the end. After a break, the commands of a recovery before.
+    result<void> serve_main(reader& in, ram_record_reader records, bool resumed) {
+        main_stream at{in, records, page_assembler(*placer_), find(records.block()), resumed};
+        result<void> done;
+        bool ended = false;
+        while (done && !ended) done = serve_item(at, ended);
+        const std::lock_guard lock(session_mutex_);
+        bytes_ += in.offset();
+        return done;
+    }
+    result<void> serve_item(main_stream& at, bool& ended) {
+        const std::uint64_t position = at.in.offset();
+        const std::uint8_t type = at.in.get_u8();
+        if (at.in.failed()) return std::move(error(at.in.failure()).within("next section"));
+        switch (static_cast<section_type>(type)) {
+        case section_type::eof:
+            ended = true;
+            if (!at.ram_ended) return std::move(error(errc::bad_section, "the memory's END", "the end of the sections").at_offset(position));
+            return at.assembler.check_complete();
+        case section_type::part:
+        case section_type::end: {
+            result<void> done = serve_section(at, static_cast<section_type>(type));
+            if (!done) return std::move(done.error().within(ram_section::id).at_offset(position));
+            return {};
+        }
+        case section_type::command: return serve_command(at, position);
+        default:
+            return std::move(error(errc::bad_section, "memory, a command or the end in postcopy", "type " + std::to_string(type))
+                                 .within("next section")
+                                 .at_offset(position));
+        }
+    }
+    result<void> serve_section(main_stream& at, section_type type) {
+        const std::uint32_t section_id = at.in.get_be32();
+        if (at.in.failed()) return at.in.failure();
+        if (section_id != ram_section_id_ || at.ram_ended)
+            return error(errc::unknown_section, at.ram_ended ? "no section behind the memory's END" : "the memory's section " + std::to_string(ram_section_id_), std::to_string(section_id));
+        if (!at.resumed) return error(errc::bad_command, "POSTCOPY_RESUME before pages", "pages");
+        if (result<void> done = serve_pages(at.in, at.records, at.assembler, at.block); !done) return done;
+        if (type == section_type::end) at.ram_ended = true;
+        if (!machine_.options().send_section_footer) return {};
+        const std::uint8_t footer = at.in.get_u8();
+        const std::uint32_t footer_id = at.in.get_be32();
+        if (at.in.failed()) return at.in.failure();
+        if (footer != static_cast<std::uint8_t>(section_type::footer) || footer_id != section_id)
+            return error(errc::bad_section, "the section's footer", "type " + std::to_string(footer)).within("footer");
+        return {};
+    }
+    /// Records up to EOS.
+    result<void> serve_pages(reader& in, ram_record_reader& records, page_assembler& assembler, ram_block*& block) {
+        ram_record record;
+        while (records.next(in, record)) {
+            if (record.kind == ram_record_kind::end_of_section) return {};
+            if (record.kind == ram_record_kind::multifd_flush) continue;
+            if (!record.is_page())
+                return std::move(error(errc::bad_ram, "pages in postcopy", std::string(to_string(record.kind))).at_offset(record.position));
+            if (record.names_block || block == nullptr) block = find(records.block());
+            if (block == nullptr)
+                return std::move(error(errc::bad_ram, "a block of the stream's list", std::string(records.block()))
+                                     .at_offset(record.position));
+            if (result<void> loaded = assembler.load(in, record, *block); !loaded) return loaded;
+        }
+        return in.failure();
+    }
+
+    result<void> serve_command(main_stream& at, std::uint64_t position) {
+        const auto number = static_cast<command>(at.in.get_be16());
+        const std::uint16_t length = at.in.get_be16();
+        if (at.in.failed()) return std::move(error(at.in.failure()).within("command"));
+        const command_format format = format_of(number);
+        const std::string name =
+            format.name.empty() ? "command " + std::to_string(static_cast<unsigned>(number)) : std::string(format.name);
+        result<void> done = format.length && *format.length != length
+                                ? error(errc::bad_command, std::to_string(*format.length) + " bytes", std::to_string(length))
+                                : obey(at, number, length);
+        if (!done) return std::move(done.error().within(name).at_offset(position));
+        return {};
+    }
+    result<void> obey(main_stream& at, command number, std::uint16_t length) {
+        switch (number) {
+        case command::ping: {
+            const std::uint32_t value = at.in.get_be32();
+            if (at.in.failed()) return at.in.failure();
+            return back_.send(return_message::pong, value);
+        }
+        case command::open_return_path:
+            // Twice is harmless.
+            return back_.is_open() ? result<void>() : back_.open(*main_);
+        case command::recv_bitmap: {
+            const std::string block = at.in.get_counted_string();
+            if (at.in.failed()) return at.in.failure();
+            if (length != 1 + block.size())
+                return error(errc::bad_command, std::to_string(1 + block.size()) + " bytes", std::to_string(length));
+            if (at.resumed) return error(errc::bad_command, "it in a recovery", std::string(to_string(progress_.now())));
+            return send_received(block);
+        }
+        case command::postcopy_resume:
+            if (at.resumed) return error(errc::bad_command, "it in a recovery", std::string(to_string(progress_.now())));
+            at.resumed = true;
+            return resume();
+        case command::postcopy_advise: return refuse_step(postcopy_state::advise);
+        case command::postcopy_ram_discard: return refuse_step(postcopy_state::discard);
+        case command::postcopy_listen: return refuse_step(postcopy_state::listen);
+        case command::postcopy_run: return refuse_step(postcopy_state::running);
+        default: return error(errc::bad_command, "PING, or a command of a recovery", "another");
+        }
+    }
+    /// A step that may not follow; and where it might, not from a stream that a listen thread reads.
+    result<void> refuse_step(postcopy_state next) const {
+        return error(errc::bad_command, "no step to " + std::string(to_string(next)), "it in " + std::string(to_string(progress_.now())));
+    }
+    result<void> send_received(const std::string& name) {
+        const ram_block* const block = find(name);
+        if (block == nullptr) return error(errc::bad_ram, "a block of the stream's list", name);
+        const page_bitmap received = received_.snapshot(*block);
+        std::vector<std::byte> bitmap(static_cast<std::size_t>(received_bitmap_size(received.size())) + 16);
+        memory_writer out(bitmap);
+        encode_received_bitmap(out, received);
+        std::vector<std::byte> payload(1, static_cast<std::byte>(name.size()));
+        for (const char c : name) payload.push_back(static_cast<std::byte>(c));
+        return back_.send(return_message::recv_bitmap, std::span<const std::byte>(payload), out.written());
+    }
+    result<void> resume() {
+        if (result<void> step = progress_.enter(postcopy_state::running); !step) return step;
+        resumed_();
+        if (result<void> told = back_.send(return_message::resume_ack, std::uint32_t{1}); !told) return told;
+        return ask();
+    }
+
+    // ---- the thread of the preempt channel
+
+    result<void> start_preempt() {
+        return start(preempt_, [this] {
+            if (result<void> done = serve_preempt(); !done) broken(done.error().within("preempt channel"));
+            {
+                const std::lock_guard lock(session_mutex_);
+                preempt_ended_ = true;
+            }
+            changed_.notify_all();
+        });
+    }
+    /// Waits for the source to connect, early or late, and for POSTCOPY_LISTEN; then places what comes.
+    result<void> serve_preempt() {
+        std::stop_token stop;
+        {
+            const std::lock_guard lock(session_mutex_);
+            stop = accepting_.get_token();
+        }
+        result<std::unique_ptr<input_channel>> accepted = (*accept_)({std::chrono::milliseconds(0), stop});
+        if (!accepted) return accepted.error();
+        if (!*accepted) return error(errc::invalid_argument, "a channel", "none");
+        const std::shared_ptr<input_channel> channel = std::move(*accepted);
+        // Nothing comes as long as nobody waits for a page.
+        channel->set_timeout(std::chrono::milliseconds(0));
+        {
+            std::unique_lock lock(session_mutex_);
+            preempt_channel_ = channel;
+            changed_.wait(lock, [&] { return listening_ || over_ || failure_; });
+            if (over_ || failure_) return {};
+        }
+        buffered_reader in(*channel);
+        ram_record_reader records(received_.page_size());
+        page_assembler assembler(*placer_);
+        ram_block* block = nullptr;
+        // Newer sources close it at the end, older ones end it with an EOS, and then close it, too.
+        result<void> done;
+        if (in.peek(1) != 0 || in.failed()) done = serve_preempt_records(in, records, assembler, block);
+        const std::lock_guard lock(session_mutex_);
+        bytes_ += in.offset();
+        return done;
+    }
+    result<void> serve_preempt_records(reader& in, ram_record_reader& records, page_assembler& assembler, ram_block*& block) {
+        while (in.peek(1) != 0) {
+            ram_record record;
+            if (!records.next(in, record)) return in.failure();
+            if (record.kind == ram_record_kind::end_of_section) break;
+            if (!record.is_page())
+                return std::move(error(errc::bad_ram, "pages", std::string(to_string(record.kind))).at_offset(record.position));
+            if (record.names_block || block == nullptr) block = find(records.block());
+            if (block == nullptr)
+                return std::move(error(errc::bad_ram, "a block of the stream's list", std::string(records.block()))
+                                     .at_offset(record.position));
+            if (result<void> loaded = assembler.load(in, record, *block); !loaded) return loaded;
+        }
+        if (in.failed()) return in.failure();
+        return assembler.check_complete();
+    }
+    void end_preempt() {
+        {
+            const std::lock_guard lock(session_mutex_);
+            over_ = true;
+            accepting_.request_stop();
+            if (preempt_channel_) preempt_channel_->shutdown();
+        }
+        changed_.notify_all();
+        if (preempt_.joinable()) preempt_.join();
+        const std::lock_guard lock(session_mutex_);
+        preempt_channel_.reset();
+    }
+
+    machine& machine_;
+    const parameters& settings_;
+    return_path& back_;
+    std::function<void()> resumed_;
+
+    // Written by the main thread before there are others.
+    received_pages received_;
+    std::map<std::string, ram_block*, std::less<>> blocks_; ///< whose pages come
+    std::map<const ram_block*, page_bitmap> owed_;          ///< target pages that were thrown away
+    std::uint32_t ram_section_id_ = 0;
+    bool prepared_ = false; ///< transparent huge pages are off
+
+    postcopy_progress progress_;
+    postcopy_statistics statistics_;
+    page_requests requests_;
+    std::optional<page_placer> placer_;
+    std::optional<fault_thread> faults_;
+
+    mutable std::mutex statistics_mutex_; ///< interruptions_
+    std::uint64_t interruptions_ = 0;
+
+    mutable std::mutex session_mutex_; ///< all below but the threads
+    std::condition_variable changed_;
+    std::shared_ptr<input_channel> main_;
+    const channel_acceptor* accept_ = nullptr;
+    std::shared_ptr<input_channel> preempt_channel_;
+    std::stop_source accepting_;
+    std::optional<error> failure_; ///< of this connection
+    bool over_ = true;             ///< nobody is to hear of failures any more
+    bool preempt_ended_ = false;
+    bool listening_ = false;
+    bool running_ = false;
+    std::uint64_t bytes_ = 0;
+    std::thread listen_;
+    std::thread preempt_;
+};
+
+} // namespace vmstate::migration

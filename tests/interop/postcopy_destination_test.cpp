@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: BSL-1.0
+// A real QEMU that goes on in postcopy, and us at the other end: with and without a preempt channel, over unix sockets and
+// TCP, from the first moment and after some precopy; threads of ours play the guest and touch pages while they arrive. The
+// machine goes on to another QEMU, in which the guest runs on. And the connection breaks, again and again.
+#include "../live/breakable_channel.hpp"
+#include "support/catch.hpp"
+#include "support/counter.hpp"
+#include "support/qemu.hpp"
+#include "support/recorded_stream.hpp"
+
+#include <vmstate/machine/carry.hpp>
+#include <vmstate/migration/destination.hpp>
+#include <vmstate/migration/source.hpp>
+#include <vmstate/postcopy/support.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+using namespace vmstate::tests;
+using namespace std::chrono_literals;
+using vmstate::migration::state;
+
+namespace {
+
+constexpr std::size_t memory_size = 16 << 20;
+constexpr std::size_t page = 4096;
+/// Where the guest's memory is full of something that it never looks at.
+constexpr std::size_t ballast_at = 0x200000;
+constexpr std::size_t ballast_size = memory_size - ballast_at - 0x100000;
+
+auto lines(std::ptrdiff_t count) {
+    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
+}
+template <class T>
+std::string message_of(const vmstate::result<T>& outcome) {
+    return outcome ? "" : outcome.error().message();
+}
+
+/// Whether this system lets us be a destination at all; says why not.
+bool can_postcopy() {
+    const auto memory = vmstate::ram_memory::anonymous(page);
+    vmstate::machine small{{.name = "none"}};
+    if (!memory || !small.add_ram("ram", *memory)) return false;
+    const auto supported = vmstate::check_postcopy_support(*small.ram());
+    if (!supported) skip(supported.error().message());
+    return static_cast<bool>(supported);
+}
+
+void set_capabilities(qemu& who, std::initializer_list<std::pair<const char*, bool>> which) {
+    boost::json::array all;
+    for (const auto& [name, on] : which) all.push_back(boost::json::object{{"capability", name}, {"state", on}});
+    who.execute("migrate-set-capabilities", {{"capabilities", all}});
+}
+std::string migration_status(qemu& who) {
+    const boost::json::object info = who.execute("query-migrate").as_object();
+    const auto* status = info.if_contains("status");
+    return status != nullptr ? std::string(status->as_string()) : "none";
+}
+/// Waits for one of the states; fails the test after a minute.
+std::string wait_status(qemu& who, std::initializer_list<std::string_view> states) {
+    std::string now;
+    for (const auto end = std::chrono::steady_clock::now() + 60s; std::chrono::steady_clock::now() < end;) {
+        now = migration_status(who);
+        if (std::find(states.begin(), states.end(), now) != states.end()) return now;
+        std::this_thread::sleep_for(2ms);
+    }
+    throw std::runtime_error("QEMU's migration stays in " + now);
+}
+
+struct way {
+    std::string machine = "pc";
+    bool tcp = false;
+    bool preempt = false;
+    std::chrono::milliseconds precopy{0};
+    std::uint64_t postcopy_bandwidth = 0;
+};
+
+/// A QEMU that counts in a memory full of numbers.
+struct counting_qemu {
+    explicit counting_qemu(const std::string& machine)
+        : options{.machine = machine, .rom = guest_rom("counter")} {
+        std::vector<std::byte> ballast(ballast_size);
+        std::mt19937_64 numbers(1);
+        for (std::size_t i = 0; i < ballast.size(); i += 64) ballast[i] = static_cast<std::byte>(numbers());
+        write_file(directory / "ballast", ballast);
+        options.arguments = {"-device",
+            "loader,force-raw=on,addr=" + std::to_string(ballast_at) + ",file=" + (directory / "ballast").string()};
+        first = std::make_unique<qemu>(options);
+        first->wait_serial(lines(3), "3 lines");
+        schema = std::make_unique<recorded_stream>(record(*first));
+        first->cont();
+        first->wait_serial(lines(5), "5 lines");
+    }
+
+    temporary_directory directory;
+    qemu_options options;
+    std::unique_ptr<qemu> first;
+    std::unique_ptr<recorded_stream> schema;
+};
+
+/// A machine of ours to take it, in memory that postcopy works with, and threads that touch it in any order.
+class machine_of_ours {
+public:
+    explicit machine_of_ours(const recorded_stream& schema) : image(schema), main_block(schema.blocks.front().name) {
+        image.memory.clear();
+        for (const vmstate::stream_ram_block& block : schema.blocks) {
+            image.machine.remove_ram(block.name);
+            auto mapped = vmstate::ram_memory::anonymous(block.used_length);
+            REQUIRE(message_of(mapped) == "");
+            memory.emplace(block.name, std::move(*mapped));
+        }
+        for (const auto& [name, mapped] : memory) REQUIRE(image.machine.add_ram(name, mapped));
+        guest.start = [this]() -> vmstate::result<void> {
+            ++starts;
+            for (unsigned number = 0; number < 2; ++number) players.emplace_back([this, number] { touch_all(number); });
+            return {};
+        };
+    }
+    ~machine_of_ours() { join(); }
+    void join() {
+        for (std::thread& one : players) one.join();
+        players.clear();
+    }
+    std::span<const std::byte> main_memory() const { return memory.at(main_block).span(); }
+
+    // Before the machine, which has it registered.
+    std::map<std::string, vmstate::ram_memory> memory;
+    replica image;
+    std::string main_block;
+    vmstate::migration::guest guest;
+    std::vector<std::thread> players;
+    std::atomic<int> starts = 0;
+
+private:
+    void touch_all(unsigned seed) const {
+        const auto bytes = main_memory();
+        std::vector<std::size_t> order(bytes.size() / page);
+        std::iota(order.begin(), order.end(), std::size_t{0});
+        std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+        for (const std::size_t one : order) static_cast<void>(*const_cast<const volatile std::byte*>(bytes.data() + one * page));
+    }
+};
+
+/// The states that a destination went through.
+class state_list {
+public:
+    explicit state_list(vmstate::migration::destination& of) {
+        of.observe([this](const vmstate::migration::status& at) {
+            const std::lock_guard lock(states_mutex_);
+            if (states_.empty() || states_.back() != at.state) states_.push_back(at.state);
+        });
+    }
+    std::vector<state> all() const {
+        const std::lock_guard lock(states_mutex_);
+        return states_;
+    }
+    bool has(state one) const {
+        const std::lock_guard lock(states_mutex_);
+        return std::find(states_.begin(), states_.end(), one) != states_.end();
+    }
+
+private:
+    mutable std::mutex states_mutex_;
+    std::vector<state> states_;
+};
+
+void configure(qemu& from, const way& how) {
+    set_capabilities(from, {{"postcopy-ram", true}, {"return-path", true}, {"postcopy-preempt", how.preempt}});
+    // Precopy doesn't come to an end by itself.
+    from.execute("migrate-set-parameters", {{"downtime-limit", 1}, {"max-bandwidth", 2 << 20},
+        {"max-postcopy-bandwidth", how.postcopy_bandwidth}});
+}
+
+void compare(qemu& with, const machine_of_ours& ours) {
+    // QEMU has stopped its guest: ours has the same memory.
+    const auto theirs = with.memory(0, memory_size);
+    const auto here = ours.main_memory();
+    CHECK(difference(std::span(theirs).first(0xa0000), here.first(0xa0000)) == "");
+    CHECK(difference(std::span(theirs).subspan(0x100000), here.subspan(0x100000)) == "");
+}
+
+/// To another QEMU, by precopy, in which the guest goes on.
+void send_on(counting_qemu& original, machine_of_ours& ours) {
+    const std::string before = original.first->serial();
+    qemu_options more{.machine = original.options.machine, .rom = guest_rom("counter")};
+    more.incoming = "unix:" + (original.directory / "to-qemu").string();
+    qemu second(more);
+    vmstate::migration::guest standing{.stop = {}, .start = {}};
+    vmstate::migration::source source(ours.image.machine, standing);
+    REQUIRE(message_of(source.start(more.incoming)) == "");
+    CHECK(message_of(source.wait()) == "");
+    const auto incoming = second.wait_incoming();
+    REQUIRE(incoming.error == "");
+    REQUIRE(incoming.completed);
+    if (second.status() != "running") second.cont();
+    second.wait_serial(lines(3), "3 more lines");
+    second.stop();
+    const auto output = counter::parse_output(before + second.serial()); // throws at "BAD"
+    for (std::size_t i = 1; i < output.size(); ++i) REQUIRE(output[i].round == output[i - 1].round + 1);
+    std::uint32_t round = 0;
+    CHECK(counter::check_memory(second.memory(0, 0x60000), round) == "");
+    CHECK(second.complaints() == "");
+}
+
+/// Runs `body` while a destination receives; ends the destination where that throws.
+template <class Receive, class Body>
+void beside(vmstate::migration::destination& destination, Receive receive, Body body) {
+    std::thread receiving(receive);
+    try {
+        body();
+    } catch (...) {
+        destination.cancel();
+        destination.give_up();
+        receiving.join();
+        throw;
+    }
+    receiving.join();
+}
+
+vmstate::migration::parameters settings_for(const way& how) {
+    vmstate::migration::parameters settings;
+    settings.postcopy_ram = true;
+    settings.postcopy_preempt = how.preempt;
+    return settings;
+}
+
+} // namespace
+
+TEST_CASE("a running QEMU goes on in postcopy to us, and the guest goes on in another QEMU") {
+    VMSTATE_REQUIRE_QEMU();
+    if (!can_postcopy()) return;
+    const way how = GENERATE(way{"pc", false, false, 0ms}, way{"pc", true, true, 1500ms}, way{"microvm", false, true, 0ms},
+        way{"microvm", true, false, 1500ms});
+    CAPTURE(how.machine, how.tcp, how.preempt, how.precopy.count());
+    counting_qemu original(how.machine);
+    qemu& first = *original.first;
+    configure(first, how);
+    machine_of_ours ours(*original.schema);
+    vmstate::load_options loading = vmstate::carry_unknown();
+    loading.description = &original.schema->description;
+    vmstate::migration::destination destination(ours.image.machine, ours.guest, settings_for(how), loading);
+    const state_list states(destination);
+    REQUIRE(message_of(destination.listen(
+                how.tcp ? std::string("tcp:127.0.0.1:0") : "unix:" + (original.directory / "to-us").string())) == "");
+    vmstate::result<void> arrived = vmstate::error(vmstate::errc::io);
+    beside(destination, [&] { arrived = destination.run(); }, [&] {
+        first.execute("migrate", {{"uri", destination.uri()}});
+        wait_status(first, {"active", "failed"});
+        std::this_thread::sleep_for(how.precopy);
+        first.execute("migrate-start-postcopy");
+        CHECK(wait_status(first, {"completed", "failed", "postcopy-paused"}) == "completed");
+        if (migration_status(first) != "completed") destination.cancel(), destination.give_up();
+    });
+    REQUIRE(message_of(arrived) == "");
+    ours.join();
+    CHECK(ours.starts == 1);
+    CHECK(states.all() == std::vector{state::setup, state::active, state::postcopy_active, state::completed});
+    const auto status = destination.status();
+    CHECK(status.postcopy.state == vmstate::postcopy_state::end);
+    CHECK(status.postcopy.requests > 0);
+    CHECK(status.postcopy.waiting == 0);
+    CHECK(status.postcopy.faults.faults > 0);
+    compare(first, ours);
+    send_on(original, ours);
+}
