@@ -176,13 +176,15 @@ public:
     /// After `wait` said that something went wrong: the guest keeps what it has.
     void pause() {
         requests_.disconnect();
-        static_cast<void>(progress_.enter(postcopy_state::paused));
+        if (!progress_.enter(postcopy_state::paused)) return; // nobody came
         const std::lock_guard lock(statistics_mutex_);
         ++interruptions_;
     }
     /// After `connect` with another connection, whose stream begins without a header.
     result<void> recover() {
         if (result<void> step = progress_.enter(postcopy_state::recover); !step) return step;
+        // QEMU 7.2 asks for the bitmaps without having asked for a way back.
+        if (result<void> opened = back_.open(*main_); !opened) return opened;
         if (settings_.postcopy_preempt)
             if (result<void> started = start_preempt(); !started) return started;
         return start_listening([this] {
