@@ -322,6 +322,7 @@ TEST_CASE("the connection of a postcopy breaks, anywhere and again and again, an
     if (!can_postcopy()) return;
     const bool preempt = GENERATE(false, true);
     const bool soak = std::getenv("VMSTATE_SOAK") != nullptr;
+    const unsigned seed = GENERATE_COPY(range(1u, soak ? 4u : 2u));
     const way how{"microvm", false, preempt, 0ms, std::uint64_t{soak ? 6u : 24u} << 20};
     CAPTURE(preempt);
     counting_qemu original(how.machine);
@@ -353,11 +354,13 @@ TEST_CASE("the connection of a postcopy breaks, anywhere and again and again, an
             }
         };
         REQUIRE(wait_here({state::postcopy_active, state::failed}) == state::postcopy_active);
-        std::minstd_rand numbers(preempt ? 2 : 1);
+        std::minstd_rand numbers(2 * seed + (preempt ? 1 : 0));
         for (std::size_t number = 1; number <= breaks; ++number) {
-            // Of 13 MiB. Not at the very end: QEMU 7.2 waits for ever where it has sent everything and we break the
-            // connection before we have it.
-            const std::size_t bytes = number % 4 == 0 ? 0 : numbers() % (number % 4 == 1 ? 20'000 : (8 << 20) / breaks);
+            // Not at the very end: QEMU 7.2 waits for ever where it has sent everything and we break the connection before
+            // we have it.
+            const boost::json::value info = first.execute("query-migrate");
+            if (info.at("ram").at("remaining").to_number<std::uint64_t>() < (2 << 20)) break;
+            const std::size_t bytes = number % 4 == 0 ? 0 : numbers() % (number % 4 == 1 ? 20'000 : (7 << 20) / breaks);
             if (number % 5 == 4) destination.pause();
             else acceptor->break_after(bytes);
             const state now = wait_here({state::postcopy_paused, state::completed, state::failed});
@@ -388,7 +391,7 @@ TEST_CASE("the connection of a postcopy breaks, anywhere and again and again, an
     });
     REQUIRE(message_of(arrived) == "");
     ours.join();
-    CHECK(broken == breaks);
+    CHECK(broken >= (soak ? 25 : 3));
     CHECK(destination.status().postcopy.interruptions >= broken);
     CHECK(states.has(state::postcopy_recover));
     CHECK(ours.starts == 1);
