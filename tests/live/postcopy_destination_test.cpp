@@ -1,0 +1,626 @@
+// SPDX-License-Identifier: BSL-1.0
+// A destination in postcopy and a source whose stream is made by hand: one that behaves, one that answers what it is asked
+// for, and many that do not. Whatever comes, it ends or pauses in bounded time and says what was wrong, a guest is started
+// once or not at all, and nothing is left behind.
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <vmstate/describe.hpp>
+#include <vmstate/machine/ram_memory.hpp>
+#include <vmstate/migration/destination.hpp>
+#include <vmstate/postcopy/received_bitmap.hpp>
+#include <vmstate/postcopy/support.hpp>
+#include <vmstate/stream/buffered_reader.hpp>
+#include <vmstate/stream/socket_channel.hpp>
+
+#include "footprint.hpp"
+
+#include <support/catch.hpp>
+
+using namespace vmstate;
+using namespace vmstate::tests;
+using namespace std::chrono_literals;
+using migration::state;
+
+namespace {
+
+using bytes = std::vector<std::byte>;
+constexpr std::size_t page = 4096;
+constexpr std::size_t page_count = 32;
+
+/// What the source has at a page.
+std::byte fill_of(std::size_t number) { return static_cast<std::byte>(number % 5 == 0 ? 0 : number + 1); }
+
+// ---- the machine
+
+struct looking_card;
+result<void> look(looking_card& card);
+
+/// A device that looks at guest memory when it is loaded.
+struct looking_card {
+    std::uint64_t offset = 0;
+    std::byte found{};
+    std::function<std::byte(std::uint64_t)> memory;
+};
+inline constexpr auto vmstate_looking_card = describe<looking_card>({.name = "looking-card"}, post_load<look>,
+    field<&looking_card::offset>, transient<&looking_card::found, &looking_card::memory>);
+result<void> look(looking_card& card) {
+    if (card.offset != ~std::uint64_t{0}) card.found = card.memory(card.offset);
+    return {};
+}
+
+enum class backing { anonymous, memfd, of_two_pages };
+
+struct looking_machine {
+    explicit looking_machine(backing how = backing::anonymous)
+        : memory(std::move(*(how == backing::memfd ? ram_memory::memfd("guest", page_count * page)
+                                                   : ram_memory::anonymous(page_count * page))))
+        , state({.name = "small", .suppress_vmdesc = true}) {
+        card.memory = [this](std::uint64_t offset) { return read(offset); };
+        ram_options options;
+        options.host_page_size = how == backing::of_two_pages ? 2 * page : page;
+        options.file = memory.file();
+        REQUIRE(state.add_ram("ram", memory.span(), options));
+        REQUIRE(state.add_device<vmstate_looking_card>(card));
+        control.start = [this]() -> result<void> {
+            ++starts;
+            return {};
+        };
+    }
+    std::byte read(std::uint64_t offset) const {
+        return *const_cast<const volatile std::byte*>(memory.span().data() + offset);
+    }
+    /// The first page that isn't the source's.
+    std::optional<std::size_t> first_difference() const {
+        for (std::size_t number = 0; number != page_count; ++number)
+            for (std::size_t i = 0; i != page; ++i)
+                if (memory.span()[number * page + i] != fill_of(number)) return number;
+        return std::nullopt;
+    }
+
+    ram_memory memory;
+    machine state;
+    looking_card card;
+    migration::guest control;
+    std::atomic<int> starts = 0;
+};
+
+bool can_postcopy() {
+    looking_machine any;
+    const result<void> supported = check_postcopy_support(*any.state.ram());
+    if (!supported) skip(supported.error().message());
+    return static_cast<bool>(supported);
+}
+
+// ---- the stream
+
+bytes operator+(bytes left, const bytes& right) {
+    left.insert(left.end(), right.begin(), right.end());
+    return left;
+}
+template <class Integer>
+bytes big(Integer value) {
+    bytes made;
+    for (int shift = static_cast<int>(8 * sizeof value) - 8; shift >= 0; shift -= 8)
+        made.push_back(static_cast<std::byte>(value >> shift));
+    return made;
+}
+bytes text(std::string_view name) {
+    bytes made(1, static_cast<std::byte>(name.size()));
+    for (const char c : name) made.push_back(static_cast<std::byte>(c));
+    return made;
+}
+bytes command_of(command number, const bytes& payload = {}) {
+    return big(std::uint8_t{8}) + big(static_cast<std::uint16_t>(number)) + big(static_cast<std::uint16_t>(payload.size())) + payload;
+}
+constexpr std::uint32_t ram_id = 5;
+bytes footer(std::uint32_t id) { return big(std::uint8_t{0x7e}) + big(id); }
+bytes eos() { return big(ram_flag::eos); }
+
+bytes header() {
+    bytes made = big(stream_magic) + big(stream_version) + big(std::uint8_t{7}) + big(std::uint32_t{5});
+    for (const char c : std::string_view("small")) made.push_back(static_cast<std::byte>(c));
+    return made;
+}
+bytes advise(std::uint64_t summary = page) {
+    return command_of(command::postcopy_advise, big(summary) + big(std::uint64_t{page}));
+}
+bytes ram_start(std::optional<std::uint64_t> page_size = {}) {
+    bytes list = big(std::uint64_t{page_count * page} | ram_flag::mem_size) + text("ram") + big(std::uint64_t{page_count * page});
+    if (page_size) list = list + big(*page_size);
+    return big(std::uint8_t{1}) + big(ram_id) + text("ram") + big(std::uint32_t{0}) + big(std::uint32_t{4}) + list + eos() + footer(ram_id);
+}
+bytes record_of(std::size_t number, std::string_view block = "ram", std::optional<std::byte> fill = {}) {
+    const std::byte value = fill.value_or(fill_of(number));
+    const bool zero = value == std::byte{0};
+    const bytes word = big(std::uint64_t{number * page} | (zero ? ram_flag::zero : ram_flag::page) |
+                           (block.empty() ? ram_flag::continued : std::uint64_t{0}));
+    return word + (block.empty() ? bytes() : text(block)) + (zero ? bytes(1) : bytes(page, value));
+}
+bytes part(const bytes& records) { return big(std::uint8_t{2}) + big(ram_id) + records + eos() + footer(ram_id); }
+bytes ram_end() { return big(std::uint8_t{3}) + big(ram_id) + eos() + footer(ram_id); }
+bytes ending() { return ram_end() + big(std::uint8_t{0}); }
+bytes discard(std::uint64_t first, std::uint64_t count, std::string_view block = "ram") {
+    return command_of(command::postcopy_ram_discard,
+        big(std::uint8_t{0}) + text(block) + big(std::uint8_t{0}) + big(first * page) + big(count * page));
+}
+bytes card(std::uint64_t looks_at = ~std::uint64_t{0}) {
+    return big(std::uint8_t{4}) + big(std::uint32_t{9}) + text("looking-card") + big(std::uint32_t{0}) + big(std::uint32_t{0}) +
+           big(looks_at) + footer(9);
+}
+bytes listen() { return command_of(command::postcopy_listen); }
+bytes run() { return command_of(command::postcopy_run); }
+bytes packaged(const bytes& content) {
+    return command_of(command::packaged, big(static_cast<std::uint32_t>(content.size()))) + content;
+}
+bytes pages_from(std::size_t first, std::size_t end = page_count) {
+    bytes records;
+    for (std::size_t number = first; number != end; ++number)
+        records = records + record_of(number, number == first ? "ram" : "");
+    return part(records);
+}
+bytes opening() { return header() + command_of(command::open_return_path) + advise() + ram_start(); }
+bytes switched(const bytes& content) { return opening() + pages_from(0) + discard(4, page_count - 4) + packaged(content); }
+/// The first four pages are there, the guest runs.
+bytes running() { return switched(listen() + card() + run()); }
+
+// ---- both ends
+
+migration::parameters with_postcopy() {
+    migration::parameters settings;
+    settings.postcopy_ram = true;
+    settings.peer_timeout = 10s;
+    return settings;
+}
+
+/// The source's end of a connection.
+class source_end {
+public:
+    explicit source_end(unique_fd fd) : channel_(std::move(fd)), in_(channel_) { channel_.set_timeout(20s); }
+    /// False where nobody takes it any more.
+    bool send(const bytes& all) {
+        const std::span<const std::byte> whole(all);
+        return static_cast<bool>(channel_.writev({&whole, 1}));
+    }
+    /// The next message; none at the end.
+    std::optional<migration::received_message> next() {
+        migration::received_message message;
+        if (!read_return_message(in_, message)) return std::nullopt;
+        return message;
+    }
+    reader& in() { return in_; }
+    void close() { channel_.shutdown(); }
+
+private:
+    socket_channel channel_;
+    buffered_reader in_;
+};
+
+/// A destination that runs in a thread of its own.
+class running_destination {
+public:
+    explicit running_destination(looking_machine& into, const migration::parameters& settings = with_postcopy())
+        : destination(std::make_unique<migration::destination>(into.state, into.control, settings)) {
+        auto [ours, theirs] = pair();
+        end = std::make_unique<source_end>(std::move(theirs));
+        thread_ = std::thread([this, channel = std::move(ours)]() mutable {
+            outcome = destination->run(std::unique_ptr<input_channel>(std::make_unique<socket_channel>(std::move(channel))));
+        });
+    }
+    ~running_destination() {
+        destination->cancel();
+        destination->give_up();
+        join();
+    }
+    void join() {
+        if (thread_.joinable()) thread_.join();
+    }
+    state wait_for(std::initializer_list<state> wanted) {
+        const auto deadline = std::chrono::steady_clock::now() + 30s;
+        for (;;) {
+            const state now = destination->status().state;
+            if (std::find(wanted.begin(), wanted.end(), now) != wanted.end()) return now;
+            if (std::chrono::steady_clock::now() > deadline) return now;
+            std::this_thread::sleep_for(100us);
+        }
+    }
+    /// The next connection: what `recover` accepts, and the source's end of it.
+    void recover() {
+        auto [ours, theirs] = pair();
+        end = std::make_unique<source_end>(std::move(theirs));
+        auto channel = std::make_shared<std::unique_ptr<input_channel>>(std::make_unique<socket_channel>(std::move(ours)));
+        REQUIRE(destination->recover([channel](const opening_options&) -> result<std::unique_ptr<input_channel>> {
+            if (!*channel) return error(errc::io, "one channel", "more");
+            return std::move(*channel);
+        }));
+    }
+
+    std::unique_ptr<migration::destination> destination;
+    std::unique_ptr<source_end> end;
+    result<void> outcome = error(errc::io, {}, "not over");
+
+private:
+    static std::pair<unique_fd, unique_fd> pair() {
+        int ends[2];
+        REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+        return {unique_fd(ends[0]), unique_fd(ends[1])};
+    }
+    std::thread thread_;
+};
+
+template <class T>
+std::string message_of(const result<T>& outcome) {
+    return outcome ? "" : outcome.error().message();
+}
+std::uint64_t start_of(const migration::received_message& request) {
+    return vmstate::detail::load_big<std::uint64_t>(request.payload.data());
+}
+
+} // namespace
+
+TEST_CASE("a device that looks at memory that hasn't come while it is loaded gets its page") {
+    if (!can_postcopy()) return;
+    const backing how = GENERATE(backing::anonymous, backing::memfd);
+    looking_machine ours(how);
+    running_destination there(ours);
+    REQUIRE(there.end->send(switched(listen() + card(17 * page + 5) + run())));
+    const auto request = there.end->next();
+    REQUIRE(request);
+    CHECK(request->type == migration::return_message::req_pages_id);
+    CHECK(start_of(*request) == 17 * page);
+    CHECK(there.destination->status().state == state::active);
+    CHECK(there.destination->status().postcopy.state == postcopy_state::listen);
+    CHECK(ours.starts == 0);
+    REQUIRE(there.end->send(part(record_of(17))));
+    CHECK(there.wait_for({state::postcopy_active}) == state::postcopy_active);
+    CHECK(ours.card.found == fill_of(17));
+    // A thread of the guest waits; a page that came twice is no harm.
+    std::byte seen{};
+    std::thread vcpu([&] { seen = ours.read(9 * page); });
+    const auto second = there.end->next();
+    REQUIRE(second);
+    CHECK(second->type == migration::return_message::req_pages);
+    CHECK(start_of(*second) == 9 * page);
+    REQUIRE(there.end->send(part(record_of(9)) + pages_from(4) + ending()));
+    vcpu.join();
+    CHECK(seen == fill_of(9));
+    there.join();
+    CHECK(message_of(there.outcome) == "");
+    const auto shut = there.end->next();
+    REQUIRE(shut);
+    CHECK(shut->type == migration::return_message::shut);
+    CHECK(shut->value() == 0);
+    CHECK(ours.starts == 1);
+    CHECK_FALSE(ours.first_difference());
+    const auto status = there.destination->status();
+    CHECK(status.state == state::completed);
+    CHECK(status.postcopy.state == postcopy_state::end);
+    CHECK(status.postcopy.requests == 2);
+    CHECK(status.postcopy.faults.faults == 2);
+}
+
+TEST_CASE("every wrong step before the guest runs is refused by name, and nothing is left") {
+    if (!can_postcopy()) return;
+    const bytes rest = pages_from(4) + ending();
+    const bytes begin = header() + command_of(command::open_return_path);
+    const bytes package = packaged(listen() + card() + run());
+    struct {
+        const char* what;
+        bytes stream;
+        std::string said;
+    } const cases[] = {
+        {"no ADVISE", begin + ram_start() + package + rest, "listen"},
+        {"DISCARD without ADVISE", begin + ram_start() + discard(0, 1), "discard"},
+        {"ADVISE twice", begin + advise() + advise(), "second"},
+        {"ADVISE behind the list", begin + ram_start() + advise(), "list of RAM blocks"},
+        {"ADVISE without memory", begin + command_of(command::postcopy_advise), "postcopy-ram"},
+        {"another page size", begin + advise(2 << 20), "page sizes"},
+        {"LISTEN outside", opening() + listen(), "package"},
+        {"RUN outside", opening() + run(), "package"},
+        {"RUN before LISTEN", opening() + packaged(card() + run()), "running"},
+        {"LISTEN twice", opening() + packaged(listen() + listen() + run()), "listen"},
+        {"RUN twice", opening() + packaged(listen() + card() + run() + run()), "behind POSTCOPY_RUN"},
+        {"no RUN", opening() + packaged(listen() + card()), "POSTCOPY_RUN"},
+        {"an empty package", opening() + packaged({}), "POSTCOPY_RUN"},
+        {"a package in a package", opening() + packaged(packaged(listen() + card() + run())), "PACKAGED"},
+        {"DISCARD in a package", opening() + packaged(discard(0, 1) + listen() + run()), "POSTCOPY_RAM_DISCARD"},
+        {"ADVISE in a package", opening() + packaged(advise()), "POSTCOPY_ADVISE"},
+        {"memory in a package", opening() + packaged(listen() + part(record_of(1)) + run()), "package"},
+        {"memory's list in a package", opening() + packaged(listen() + big(std::uint8_t{4}) + big(std::uint32_t{77}) + text("ram") + big(std::uint32_t{0}) + big(std::uint32_t{4})), "no memory in a package"},
+        {"an end in a package", opening() + packaged(listen() + card() + big(std::uint8_t{0})), "package"},
+        {"an unknown device", opening() + packaged(listen() + big(std::uint8_t{4}) + big(std::uint32_t{3}) + text("nobody") + big(std::uint64_t{0}) + run()), "nobody"},
+        {"a package that is huge", opening() + command_of(command::packaged, big(std::uint32_t{0xffffffff})), "package"},
+        {"RESUME at the start", opening() + command_of(command::postcopy_resume), "POSTCOPY_RESUME"},
+        {"RECV_BITMAP at the start", opening() + command_of(command::recv_bitmap, text("ram")), "RECV_BITMAP"},
+        {"DISCARD of another block", opening() + discard(0, 1, "vga"), "vga"},
+        {"DISCARD outside", opening() + discard(page_count, 1), "within"},
+        {"DISCARD and an end", opening() + discard(0, 1) + ram_end() + card() + big(std::uint8_t{0}), "POSTCOPY_LISTEN"},
+        {"no return path", header() + advise() + ram_start() + package + rest, "OPEN_RETURN_PATH"},
+        {"memory that is at its end", opening() + ram_end() + package, "begun and not ended"},
+    };
+    const auto receive = [](const bytes& stream) {
+        looking_machine ours;
+        running_destination there(ours);
+        static_cast<void>(there.end->send(stream));
+        there.join();
+        CHECK(ours.starts == 0);
+        CHECK(there.destination->status().state == state::failed);
+        REQUIRE(there.outcome.has_error());
+        return there.outcome.error().message();
+    };
+    static_cast<void>(receive(cases[0].stream));
+    const leak_check leaks;
+    for (const auto& one : cases) {
+        CAPTURE(one.what);
+        CHECK_THAT(receive(one.stream), contains(one.said));
+    }
+    leaks.check(std::size(cases));
+}
+
+TEST_CASE("a connection that breaks before the guest runs leaves it to the source") {
+    if (!can_postcopy()) return;
+    const bytes stream = running();
+    const leak_check leaks;
+    std::size_t migrations = 0;
+    std::vector<std::size_t> places;
+    for (std::size_t at = 0; at < stream.size(); at += at + 400 < stream.size() ? 4000 : 7) places.push_back(at);
+    for (const std::size_t at : places) {
+        CAPTURE(at, stream.size());
+        looking_machine ours;
+        running_destination there(ours);
+        static_cast<void>(there.end->send(bytes(stream.begin(), stream.begin() + static_cast<std::ptrdiff_t>(at))));
+        there.end->close();
+        there.join();
+        ++migrations;
+        CHECK(there.outcome.has_error());
+        CHECK(ours.starts == 0);
+    }
+    leaks.check(migrations);
+    // A device waits for its page just then.
+    looking_machine ours;
+    running_destination there(ours);
+    REQUIRE(there.end->send(switched(listen() + card(17 * page) + run())));
+    REQUIRE(there.end->next());
+    there.end->close();
+    there.join();
+    CHECK(there.outcome.has_error());
+    CHECK(ours.starts == 0);
+    CHECK(there.destination->status().state == state::failed);
+}
+
+TEST_CASE("what is wrong once the guest runs is said by name, and is a pause") {
+    if (!can_postcopy()) return;
+    const bytes wrong_end = part(record_of(4)) + ending();
+    struct {
+        const char* what;
+        bytes stream;
+        std::string said;
+    } const cases[] = {
+        {"another block", part(record_of(4, "vga")), "vga"},
+        {"outside", part(record_of(page_count)), "within"},
+        {"far outside", part(record_of(~std::size_t{0} / page)), "within"},
+        {"XBZRLE", part(big(std::uint64_t{4 * page} | ram_flag::xbzrle) + text("ram") + big(std::uint8_t{1}) + big(std::uint16_t{0})), "XBZRLE"},
+        {"a list of blocks", part(big(std::uint64_t{page} | ram_flag::mem_size)), "MEM_SIZE"},
+        {"another section", big(std::uint8_t{2}) + big(std::uint32_t{9}), "section 5"},
+        {"a device", card(), "type 4"},
+        {"no footer", big(std::uint8_t{2}) + big(ram_id) + eos() + big(std::uint8_t{0}) + big(std::uint32_t{0}), "footer"},
+        {"an end too early", big(std::uint8_t{0}), "END"},
+        {"pages that are missing at the end", wrong_end, "every page"},
+        {"pages behind the end", ram_end() + part(record_of(4)), "END"},
+        {"DISCARD", discard(0, 1), "discard"},
+        {"ADVISE", advise(), "advise"},
+        {"LISTEN", listen(), "listen"},
+        {"RUN", run(), "running"},
+        {"a package", packaged(listen() + run()), "PACKAGED"},
+        {"RESUME", command_of(command::postcopy_resume), "recovery"},
+        {"RECV_BITMAP", command_of(command::recv_bitmap, text("ram")), "recovery"},
+        {"the connection", {}, "too early"},
+    };
+    const auto receive = [](const bytes& stream) {
+        looking_machine ours;
+        running_destination there(ours);
+        std::byte seen{1};
+        REQUIRE(there.end->send(running()));
+        CHECK(there.wait_for({state::postcopy_active}) == state::postcopy_active);
+        // Waits for a page, and for longer than there is a connection.
+        std::thread vcpu([&] { seen = ours.read(21 * page); });
+        const bool asked = there.end->next().has_value();
+        static_cast<void>(there.end->send(stream));
+        if (stream.empty()) there.end->close();
+        const state now = there.wait_for({state::postcopy_paused, state::failed, state::completed});
+        const std::string said = there.destination->status().error_desc.message();
+        const auto postcopy = there.destination->status().postcopy;
+        there.destination->cancel(); // does nothing
+        const state then = there.destination->status().state;
+        there.destination->give_up();
+        vcpu.join();
+        there.join();
+        CHECK(asked);
+        CHECK(now == state::postcopy_paused);
+        CHECK(then == state::postcopy_paused);
+        CHECK(postcopy.state == postcopy_state::paused);
+        CHECK(postcopy.waiting == 1);
+        CHECK(seen == std::byte{0});
+        CHECK(there.outcome.has_error());
+        CHECK(there.destination->status().state == state::failed);
+        CHECK(ours.starts == 1);
+        return said;
+    };
+    static_cast<void>(receive(cases[0].stream));
+    const leak_check leaks;
+    for (const auto& one : cases) {
+        CAPTURE(one.what);
+        CHECK_THAT(receive(one.stream), contains(one.said));
+    }
+    leaks.check(std::size(cases));
+}
+
+TEST_CASE("the pages of a larger host page come together or not at all") {
+    if (!can_postcopy()) return;
+    const bytes start = header() + command_of(command::open_return_path) + advise(2 * page) + ram_start(2 * page) +
+                        discard(0, page_count) + packaged(listen() + card() + run());
+    const auto receive = [&](const bytes& stream) {
+        looking_machine ours(backing::of_two_pages);
+        running_destination there(ours);
+        REQUIRE(there.end->send(start));
+        CHECK(there.wait_for({state::postcopy_active}) == state::postcopy_active);
+        static_cast<void>(there.end->send(stream));
+        const state now = there.wait_for({state::postcopy_paused, state::failed, state::completed});
+        const std::string said = there.destination->status().error_desc.message();
+        there.destination->give_up();
+        there.join();
+        if (now == state::completed) CHECK_FALSE(ours.first_difference());
+        return std::string(to_string(now)) + ": " + said;
+    };
+    CHECK_THAT(receive(pages_from(0) + ending()), contains("completed"));
+    CHECK_THAT(receive(part(record_of(2)) + part(record_of(2, ""))), contains("host page isn't complete"));
+    CHECK_THAT(receive(part(record_of(2) + record_of(5))), contains("host page isn't complete"));
+    CHECK_THAT(receive(part(record_of(3))), contains("first page of a host page"));
+    CHECK_THAT(receive(pages_from(0, page_count - 1) + ending()), contains("the rest of the host page"));
+}
+
+TEST_CASE("a paused postcopy goes on with what is missing, however often it takes") {
+    if (!can_postcopy()) return;
+    looking_machine ours;
+    running_destination there(ours);
+    std::mutex states_mutex;
+    std::vector<state> states;
+    there.destination->observe([&](const migration::status& at) {
+        const std::lock_guard lock(states_mutex);
+        if (states.empty() || states.back() != at.state) states.push_back(at.state);
+    });
+    CHECK(there.destination->recover("unix:/nowhere").has_error());
+    REQUIRE(there.end->send(running()));
+    REQUIRE(there.wait_for({state::postcopy_active}) == state::postcopy_active);
+    std::byte seen{};
+    std::thread vcpu([&] { seen = ours.read(21 * page); });
+    const bool asked = there.end->next().has_value();
+    static_cast<void>(there.end->send(part(record_of(10) + record_of(12, ""))));
+    // Of the last page half comes.
+    bytes half = part(record_of(13));
+    half.resize(half.size() / 2);
+    static_cast<void>(there.end->send(half));
+    const bool took = there.end->send(command_of(command::ping, big(std::uint32_t{1})));
+    std::this_thread::sleep_for(5ms); // so that it is likely to wait for the rest
+    there.destination->pause();
+    CHECK(asked);
+    CHECK(took);
+    CHECK(there.wait_for({state::postcopy_paused}) == state::postcopy_paused);
+
+    const auto paused_again = [&](std::uint64_t before) {
+        const auto deadline = std::chrono::steady_clock::now() + 30s;
+        while (there.destination->status().postcopy.interruptions == before && std::chrono::steady_clock::now() < deadline)
+            std::this_thread::sleep_for(100us);
+        return there.wait_for({state::postcopy_paused}) == state::postcopy_paused;
+    };
+    // Recoveries that fail: each with its reason, and then it can be tried again.
+    const struct {
+        bytes stream;
+        std::string said;
+    } bad[] = {{pages_from(4), "POSTCOPY_RESUME before pages"}, {opening(), "next section"},
+        {command_of(command::recv_bitmap, text("vga")), "vga"}, {command_of(command::recv_bitmap, text("ram") + bytes(1)), "bytes"},
+        {discard(0, 1), "discard"}, {{}, "too early"}};
+    for (const auto& one : bad) {
+        const std::uint64_t before = there.destination->status().postcopy.interruptions;
+        there.recover();
+        static_cast<void>(there.end->send(one.stream));
+        if (one.stream.empty()) there.end->close();
+        CHECK(paused_again(before));
+        CHECK_THAT(there.destination->status().error_desc.message(), contains(one.said));
+    }
+
+    there.recover();
+    static_cast<void>(there.end->send(command_of(command::open_return_path) + command_of(command::recv_bitmap, text("ram"))));
+    const auto bitmap = there.end->next();
+    const bool told = bitmap && bitmap->type == migration::return_message::recv_bitmap;
+    CHECK(told);
+    const auto received = decode_received_bitmap(there.end->in(), page_count);
+    CHECK(message_of(received) == "");
+    if (received)
+        for (std::size_t number = 0; number != page_count; ++number) {
+            CAPTURE(number);
+            CHECK(received->test(number) == (number < 4 || number == 10 || number == 12));
+        }
+    static_cast<void>(there.end->send(command_of(command::postcopy_resume)));
+    const auto ack = there.end->next();
+    CHECK((ack && ack->type == migration::return_message::resume_ack && ack->value() == 1));
+    const auto again = there.end->next();
+    CHECK((again && again->type == migration::return_message::req_pages_id && start_of(*again) == 21 * page));
+    CHECK(there.wait_for({state::postcopy_active}) == state::postcopy_active);
+    static_cast<void>(there.end->send(pages_from(4) + ending()));
+    vcpu.join();
+    there.join();
+    CHECK(seen == fill_of(21));
+    CHECK(message_of(there.outcome) == "");
+    CHECK_FALSE(ours.first_difference());
+    CHECK(ours.starts == 1);
+    CHECK(there.destination->status().postcopy.interruptions == 1 + std::size(bad));
+    const std::lock_guard lock(states_mutex);
+    CHECK(std::vector(states.end() - 4, states.end()) ==
+          std::vector{state::postcopy_paused, state::postcopy_recover, state::postcopy_active, state::completed});
+}
+
+TEST_CASE("a destination that is destroyed while it is paused ends what it has") {
+    if (!can_postcopy()) return;
+    const leak_check leaks;
+    for (const bool waits_for_the_source : {false, true}) {
+        looking_machine ours;
+        std::thread vcpu;
+        {
+            running_destination there(ours);
+            REQUIRE(there.end->send(running()));
+            REQUIRE(there.wait_for({state::postcopy_active}) == state::postcopy_active);
+            vcpu = std::thread([&] { static_cast<void>(ours.read(21 * page)); });
+            there.end->close();
+            CHECK(there.wait_for({state::postcopy_paused}) == state::postcopy_paused);
+            if (waits_for_the_source) CHECK(message_of(there.destination->recover("tcp:127.0.0.1:0")) == "");
+            there.destination.reset(); // waits for its run to end
+            there.destination = std::make_unique<migration::destination>(ours.state, ours.control);
+            there.join();
+            CHECK(there.outcome.has_error());
+        }
+        vcpu.join();
+    }
+    leaks.check(2);
+}
+
+TEST_CASE("parameters that don't go together are refused before anything is awaited") {
+    looking_machine ours;
+    struct {
+        migration::parameters settings;
+        std::string said;
+    } cases[3];
+    cases[0].settings.postcopy_preempt = true;
+    cases[0].said = "postcopy_ram";
+    cases[1].settings.postcopy_ram = cases[1].settings.postcopy_preempt = true;
+    cases[1].said = "another channel";
+    cases[2].settings.postcopy_ram = cases[2].settings.multifd = true;
+    cases[2].said = "multifd";
+    for (const auto& one : cases) {
+        migration::destination destination(ours.state, ours.control, one.settings);
+        int ends[2];
+        REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+        const unique_fd other(ends[1]);
+        const result<void> outcome =
+            destination.run(std::unique_ptr<input_channel>(std::make_unique<socket_channel>(unique_fd(ends[0]))));
+        REQUIRE(outcome.has_error());
+        CHECK_THAT(outcome.error().message(), contains(one.said));
+    }
+}
