@@ -5,6 +5,7 @@
 #include "../live/breakable_channel.hpp"
 #include "support/catch.hpp"
 #include "support/counter.hpp"
+#include "support/huge_pages.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
 
@@ -23,6 +24,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <string_view>
@@ -87,18 +89,26 @@ struct way {
     bool preempt = false;
     std::chrono::milliseconds precopy{0};
     std::uint64_t postcopy_bandwidth = 0;
+    bool huge = false;
 };
+
+/// What a QEMU's memory comes from: huge pages, or small ones in a block of the same name.
+std::vector<std::string> backend(bool huge) {
+    return {"-object", "memory-backend-memfd,id=memory,size=16M" + std::string(huge ? ",hugetlb=on,hugetlbsize=2M" : "")};
+}
 
 /// A QEMU that counts in a memory full of numbers.
 struct counting_qemu {
-    explicit counting_qemu(const std::string& machine)
-        : options{.machine = machine, .rom = guest_rom("counter")} {
+    explicit counting_qemu(const std::string& machine, bool huge = false)
+        : options{.machine = machine + (huge ? ",memory-backend=memory" : ""), .rom = guest_rom("counter")} {
         std::vector<std::byte> ballast(ballast_size);
         std::mt19937_64 numbers(1);
         for (std::size_t i = 0; i < ballast.size(); i += 64) ballast[i] = static_cast<std::byte>(numbers());
         write_file(directory / "ballast", ballast);
         options.arguments = {"-device",
             "loader,force-raw=on,addr=" + std::to_string(ballast_at) + ",file=" + (directory / "ballast").string()};
+        if (huge)
+            for (const std::string& argument : backend(true)) options.arguments.push_back(argument);
         first = std::make_unique<qemu>(options);
         first->wait_serial(lines(3), "3 lines");
         schema = std::make_unique<recorded_stream>(record(*first));
@@ -115,11 +125,12 @@ struct counting_qemu {
 /// A machine of ours to take it, in memory that postcopy works with, and threads that touch it in any order.
 class machine_of_ours {
 public:
-    explicit machine_of_ours(const recorded_stream& schema) : image(schema), main_block(schema.blocks.front().name) {
+    explicit machine_of_ours(const recorded_stream& schema, bool huge = false) : image(schema), main_block(schema.blocks.front().name) {
         image.memory.clear();
         for (const vmstate::stream_ram_block& block : schema.blocks) {
             image.machine.remove_ram(block.name);
-            auto mapped = vmstate::ram_memory::anonymous(block.used_length);
+            auto mapped = huge && block.name == main_block ? vmstate::ram_memory::memfd("guest", block.used_length, 2 << 20)
+                                                           : vmstate::ram_memory::anonymous(block.used_length);
             REQUIRE(message_of(mapped) == "");
             memory.emplace(block.name, std::move(*mapped));
         }
@@ -201,6 +212,7 @@ void compare(qemu& with, const machine_of_ours& ours) {
 void send_on(counting_qemu& original, machine_of_ours& ours) {
     const std::string before = original.first->serial();
     qemu_options more{.machine = original.options.machine, .rom = guest_rom("counter")};
+    if (more.machine.ends_with("=memory")) more.arguments = backend(false);
     more.incoming = "unix:" + (original.directory / "to-qemu").string();
     qemu second(more);
     vmstate::migration::guest standing{.stop = {}, .start = {}};
@@ -248,12 +260,16 @@ TEST_CASE("a running QEMU goes on in postcopy to us, and the guest goes on in an
     VMSTATE_REQUIRE_QEMU();
     if (!can_postcopy()) return;
     const way how = GENERATE(way{"pc", false, false, 0ms}, way{"pc", true, true, 1500ms}, way{"microvm", false, true, 0ms},
-        way{"microvm", true, false, 1500ms});
-    CAPTURE(how.machine, how.tcp, how.preempt, how.precopy.count());
-    counting_qemu original(how.machine);
+        way{"microvm", true, false, 1500ms}, way{.machine = "microvm", .precopy = 300ms, .huge = true},
+        way{.machine = "microvm", .tcp = true, .preempt = true, .huge = true});
+    CAPTURE(how.machine, how.tcp, how.preempt, how.precopy.count(), how.huge);
+    // Theirs and ours.
+    std::optional<huge_pages> reserved;
+    if (how.huge && !reserved.emplace(16).enough()) return skip("no 16 huge pages of 2 MiB to be had");
+    counting_qemu original(how.machine, how.huge);
     qemu& first = *original.first;
     configure(first, how);
-    machine_of_ours ours(*original.schema);
+    machine_of_ours ours(*original.schema, how.huge);
     vmstate::load_options loading = vmstate::carry_unknown();
     loading.description = &original.schema->description;
     vmstate::migration::destination destination(ours.image.machine, ours.guest, settings_for(how), loading);
