@@ -4,6 +4,7 @@
 // over a new one. The machine comes from a stream that a QEMU wrote, and a thread of ours writes its memory meanwhile.
 #include "support/catch.hpp"
 #include "support/counter.hpp"
+#include "support/huge_pages.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
 
@@ -215,29 +216,6 @@ public:
 private:
     mutable std::mutex states_mutex_; // states_
     std::vector<state> states_;
-};
-
-/// As many more huge pages as a test needs, given back at the end.
-class huge_pages {
-public:
-    explicit huge_pages(long count) : before_(read()) {
-        std::ofstream(file) << before_ + count;
-        enough_ = read() >= before_ + count;
-    }
-    huge_pages(const huge_pages&) = delete;
-    huge_pages& operator=(const huge_pages&) = delete;
-    ~huge_pages() { std::ofstream(file) << before_; }
-    bool enough() const { return enough_; }
-
-private:
-    static constexpr const char* file = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-    static long read() {
-        long count = 0;
-        std::ifstream(file) >> count;
-        return count;
-    }
-    long before_;
-    bool enough_ = false;
 };
 
 template <class Done>
