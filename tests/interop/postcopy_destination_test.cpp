@@ -4,6 +4,7 @@
 // machine goes on to another QEMU, in which the guest runs on. And the connection breaks, again and again.
 #include "../live/breakable_channel.hpp"
 #include "support/catch.hpp"
+#include "support/outcome.hpp"
 #include "support/counter.hpp"
 #include "support/huge_pages.hpp"
 #include "support/qemu.hpp"
@@ -44,13 +45,6 @@ constexpr std::size_t page = 4096;
 constexpr std::size_t ballast_at = 0x200000;
 constexpr std::size_t ballast_size = memory_size - ballast_at - 0x100000;
 
-auto lines(std::ptrdiff_t count) {
-    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
-}
-template <class T>
-std::string message_of(const vmstate::result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 
 /// Whether this system lets us be a destination at all; says why not.
 bool can_postcopy() {

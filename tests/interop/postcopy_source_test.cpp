@@ -3,6 +3,7 @@
 // every page; with and without the preempt channel, at once and after some precopy; the connection is cut, and it goes on
 // over a new one. The machine comes from a stream that a QEMU wrote, and a thread of ours writes its memory meanwhile.
 #include "support/catch.hpp"
+#include "support/outcome.hpp"
 #include "support/counter.hpp"
 #include "support/huge_pages.hpp"
 #include "support/qemu.hpp"
@@ -48,13 +49,6 @@ constexpr std::size_t memory_size = 32 << 20;
 /// The guest uses what is below.
 constexpr std::size_t ours_at = 1 << 20;
 
-auto lines(std::ptrdiff_t count) {
-    return [count](std::string_view text) { return std::count(text.begin(), text.end(), '\n') >= count; };
-}
-template <class T>
-std::string message_of(const vmstate::result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 
 qemu_options options_of_guest() {
     return {.machine = "microvm", .memory = std::to_string(memory_size >> 20) + "M", .rom = guest_rom("counter")};

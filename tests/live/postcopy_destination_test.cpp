@@ -33,6 +33,7 @@
 #include "footprint.hpp"
 
 #include <support/catch.hpp>
+#include <support/outcome.hpp>
 
 using namespace vmstate;
 using namespace vmstate::tests;
@@ -265,10 +266,6 @@ private:
     std::thread thread_;
 };
 
-template <class T>
-std::string message_of(const result<T>& outcome) {
-    return outcome ? "" : outcome.error().message();
-}
 std::uint64_t start_of(const migration::received_message& request) {
     return vmstate::detail::load_big<std::uint64_t>(request.payload.data());
 }
