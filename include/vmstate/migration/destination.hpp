@@ -24,6 +24,7 @@
 
 #include <vmstate/machine/load.hpp>
 #include <vmstate/machine/machine.hpp>
+#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/guest.hpp>
 #include <vmstate/migration/incoming_channels.hpp>
 #include <vmstate/migration/monitor.hpp>
@@ -260,12 +261,12 @@ private:
             recovery_asked_ = false;
         }
         std::shared_ptr<input_channel> channel;
-        result<void> done = [&]() -> result<void> {
+        result<void> done = detail::guarded([&]() -> result<void> {
             result<incoming_channels> opened = open(accept);
             if (!opened) return std::move(opened.error()).within("setup");
             channel = std::move(opened->main);
             return receive(channel, std::move(opened->multifd), accept);
-        }();
+        });
         const std::shared_ptr<postcopy_incoming> postcopy = [this] {
             const std::lock_guard lock(channel_mutex_);
             channels_.clear();
@@ -273,10 +274,8 @@ private:
             return std::exchange(postcopy_, nullptr);
         }();
         if (postcopy) monitor_.update([&](migration::status& at) { at.postcopy = postcopy->status(); });
-        if (channel) {
-            const result<void> closed = channel->close();
-            if (done) done = closed;
-        }
+        // Where all is loaded the guest runs here, whatever a channel says of its end.
+        if (channel) static_cast<void>(channel->close());
         if (done) return done;
         const bool cancelled = monitor_.now() == state::cancelling;
         if (cancelled) done = error(errc::io, {}, "cancelled");
@@ -394,6 +393,9 @@ private:
         // Said before the guest runs: a source that never hears it lets its own guest go on. From here on there is no way
         // back: a guest that the source has given up is not left standing by a late cancel.
         if (!monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
+        // A source that waits for this keeps its end open. Writing to one that has given up may succeed all the same (TCP).
+        if (way_back.is_open() && channel.is_ended())
+            return error(errc::io, "a source that waits for the answer", "one that has given up").within("return path");
         if (result<void> told = back.shut(true); !told) return std::move(told.error()).within("return path");
         if (guest_.start) {
             if (result<void> started = guest_.start(); !started) return std::move(started.error()).within("start");

@@ -42,6 +42,7 @@
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/machine/save.hpp>
 #include <vmstate/migration/bandwidth.hpp>
+#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/guest.hpp>
 #include <vmstate/migration/monitor.hpp>
 #include <vmstate/migration/multifd_sender.hpp>
@@ -99,10 +100,14 @@ public:
         return start_thread(std::move(connect), true);
     }
 
-    /// Waits for the end of the migration: success, or why not. One in `postcopy-paused` hasn't ended.
+    /// Waits for the end of the migration: success, or why not; why it didn't begin, where `start` refused. One in `postcopy-paused` hasn't ended.
     result<void> wait() {
         monitor_.wait_until([](const migration::status& at) { return at.state == state::none || is_final(at.state); });
         join();
+        {
+            const std::lock_guard lock(settings_mutex_);
+            if (refusal_) return refusal_;
+        }
         const migration::status last = status();
         if (last.state == state::completed) return {};
         if (last.error_desc) return last.error_desc;
@@ -114,11 +119,10 @@ public:
     /// has loaded everything, and in postcopy, which only its end or `give_up` ends.
     void cancel() {
         if (!monitor_.enter(state::cancelling)) return;
-        {
-            const std::lock_guard lock(channel_mutex_);
-            connecting_.request_stop();
-        }
-        shut_down_channels();
+        const std::lock_guard lock(channel_mutex_);
+        connecting_.request_stop();
+        // When all has been sent the destination's last word decides where the guest runs: see settle.
+        if (!end_sent_) shut_down_locked();
     }
     /// Goes on from `pre-switchover` (QEMU: migrate-continue).
     result<void> resume() {
@@ -226,11 +230,20 @@ private:
         };
     }
     result<void> start_thread(channel_connector connect, bool several_channels) {
-        if (result<void> fit = machine_.check(); !fit) return fit;
-        if (result<void> fit = check(parameters(), several_channels); !fit) return fit;
-        if (result<void> fit = check_postcopy(parameters(), several_channels); !fit) return fit;
         if (is_running()) return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
         join();
+        result<void> begun = check_all(several_channels);
+        if (begun) begun = begin(std::move(connect));
+        const std::lock_guard lock(settings_mutex_);
+        refusal_ = begun ? error() : begun.error();
+        return begun;
+    }
+    result<void> check_all(bool several_channels) {
+        if (result<void> fit = machine_.check(); !fit) return fit;
+        if (result<void> fit = check(parameters(), several_channels); !fit) return fit;
+        return check_postcopy(parameters(), several_channels);
+    }
+    result<void> begin(channel_connector connect) {
         may_switch_.store(false);
         postcopy_wanted_.store(false);
         setup_read_.store(false);
@@ -252,10 +265,15 @@ private:
             recovery_ = {};
             pause_wanted_ = false;
             recovery_is_there_ = abandoned_ = false;
+            end_sent_ = false;
             if (monitor_.now() == state::cancelling) connecting_.request_stop(); // of the one before
         }
-        migration_thread_ = std::thread([this, connect = std::move(connect)] { run(connect); });
-        return {};
+        result<void> started = detail::guarded([&]() -> result<void> {
+            migration_thread_ = std::thread([this, connect = std::move(connect)] { run(connect); });
+            return {};
+        });
+        if (!started) finish(started);
+        return started;
     }
     result<void> check_postcopy(const migration::parameters& settings, bool several_channels) const {
         const auto refuse = [](std::string expected, std::string found) {
@@ -270,6 +288,7 @@ private:
         return check_postcopy_memory(machine_);
     }
     void join() {
+        const std::lock_guard lock(thread_mutex_);
         if (migration_thread_.joinable()) migration_thread_.join();
     }
     /// What is in postcopy ends as failed, wherever it is.
@@ -287,7 +306,7 @@ private:
 
     void run(const channel_connector& connect) {
         std::unique_ptr<output_channel> channel;
-        result<void> done = [&]() -> result<void> {
+        result<void> done = detail::guarded([&]() -> result<void> {
             result<std::unique_ptr<output_channel>> opened = connect({parameters().peer_timeout, stop_token()});
             if (opened && !*opened) opened = error(errc::invalid_argument, "a channel", "none");
             if (!opened) return opened.error().within("setup");
@@ -298,15 +317,21 @@ private:
             }
             if (monitor_.now() == state::cancelling) return error(errc::io, {}, "cancelled");
             return migrate(*channel, connect);
-        }();
-        if (done && guest_left_) done = run_postcopy(channel);
+        });
+        if (done && guest_left_) done = detail::guarded([&] { return run_postcopy(channel); });
+        if (!done && end_sent_ && channel) settle(done, *channel);
         if (!done) prefer_answer(done);
         if (throttled_ != 0) set_throttle(0);
         if (!done && channel) channel->shutdown();
         if (return_path_thread_.joinable()) return_path_thread_.join();
+        const bool has_word = has_return_path();
         way_back_.reset();
         serving_.store(nullptr);
-        if (done && channel) done = channel->close();
+        // The destination's word says where the guest runs; without one, that all could be stored does.
+        if (done && channel) {
+            const result<void> closed = channel->close();
+            if (!has_word) done = closed;
+        }
         std::unique_ptr<output_channel> urgent;
         {
             const std::lock_guard lock(channel_mutex_);
@@ -316,6 +341,19 @@ private:
         channel.reset();
         if (urgent) (void)urgent->close(); // all that went over it has arrived, or the error is known
         finish(done);
+    }
+    /// All has been sent, and something ended the wait for the destination's last word. That may be on its way, and it alone
+    /// says where the guest runs. One that hasn't come by then will not: our output's end tells a destination that still
+    /// loads that we have given up.
+    void settle(result<void>& done, output_channel& channel) {
+        if (!return_path_thread_.joinable()) return;
+        channel.end_output();
+        const auto has_spoken = [&](const migration::status&) { return peer_has_spoken_.load(); };
+        if (!monitor_.wait_until(clock::now() + std::chrono::seconds(1), has_spoken)) return;
+        const std::lock_guard lock(answer_mutex_);
+        if (!answer_) return;
+        done = {};
+        note_downtime();
     }
     /// A destination that has given up says why and then closes: of the two, what the channel says of it is the lesser
     /// news, and may come first. `done` keeps the stage that it names.
@@ -338,6 +376,7 @@ private:
     }
     void finish(const result<void>& done) {
         if (done) {
+            stopped_at_.reset();
             monitor_.enter(state::completed);
             return;
         }
@@ -364,7 +403,7 @@ private:
             const std::lock_guard lock(channel_mutex_);
             multifd_ = stream.multifd.get();
         }
-        result<void> done = migrate_over(stream, channel, connect, settings);
+        result<void> done = detail::guarded([&] { return migrate_over(stream, channel, connect, settings); });
         if (!stream.multifd) return done;
         {
             const std::lock_guard lock(channel_mutex_);
@@ -401,6 +440,9 @@ private:
     /// From any thread: whoever reads or writes one of them goes on, with an error.
     void shut_down_channels() {
         const std::lock_guard lock(channel_mutex_);
+        shut_down_locked();
+    }
+    void shut_down_locked() {
         if (channel_ != nullptr) channel_->shutdown();
         if (multifd_ != nullptr) multifd_->shutdown();
         if (urgent_channel_) urgent_channel_->shutdown();
@@ -501,6 +543,7 @@ private:
             const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
             if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream, settings)) {
                 leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
+                if (result<void> fine = check_peer(); !fine) return fine;
                 // Only now ask the logs: each time costs the guest.
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
                 if (stream.ram.remaining_on_wire() <= affordable(stream, settings)) return {};
@@ -593,7 +636,7 @@ private:
         const std::chrono::duration<double> time = now - last_sync_;
         monitor_.update([&](migration::status& at) {
             ++at.ram.dirty_sync_count;
-            at.ram.remaining = stream.ram.remaining();
+            count_pages(at, stream);
             if (time.count() > 0) at.ram.dirty_pages_rate = static_cast<std::uint64_t>(static_cast<double>(*newly) / time.count());
         });
         const std::uint64_t sent = stream.ram.counts().normal_bytes;
@@ -636,6 +679,7 @@ private:
     }
     result<void> switch_over(outgoing& stream) {
         const migration::parameters settings = parameters();
+        if (result<void> fine = check_peer(); !fine) return fine;
         if (result<void> stopped = stop_guest(stream, settings); !stopped) return stopped;
         if (!monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
         monitor_.update([&](migration::status& at) { at.ram.precopy_bytes = stream.sent(); });
@@ -648,6 +692,10 @@ private:
         if (result<void> saved = stream.saver.save_devices(); !saved) return saved;
         // The destination can't have loaded what it hasn't got: its last word comes after the stream's end, or is wrong.
         if (result<void> fine = check_peer(); !fine) return fine;
+        {
+            const std::lock_guard lock(channel_mutex_);
+            end_sent_ = true;
+        }
         if (result<void> saved = stream.saver.save_end(); !saved) return saved;
         if (result<void> sent = stream.out.flush(); !sent) return sent;
         monitor_.update([&](migration::status& at) { count_pages(at, stream); });
@@ -684,10 +732,12 @@ private:
     result<void> await_return_path(const migration::parameters& settings) {
         if (return_path_thread_.joinable())
             if (result<void> answered = await_last_word(settings); !answered) return answered;
+        note_downtime();
+        return {};
+    }
+    void note_downtime() {
         const auto downtime = std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - *stopped_at_);
         monitor_.update([&](migration::status& at) { at.downtime = downtime; });
-        stopped_at_.reset();
-        return {};
     }
 
     // ---- postcopy
@@ -899,7 +949,7 @@ private:
     // ---- the return-path thread: owns way_back_
 
     void read_return_path() {
-        const result<void> answer = listen_to_peer();
+        const result<void> answer = detail::guarded([this] { return listen_to_peer(); });
         {
             const std::lock_guard lock(answer_mutex_);
             answer_ = answer;
@@ -917,7 +967,10 @@ private:
         std::optional<page_request_decoder> requests;
         if (machine_.ram() != nullptr) requests.emplace(*machine_.ram());
         for (;;) {
-            if (result<void> read = read_return_message(in, message); !read) return read;
+            if (result<void> read = read_return_message(in, message); !read) {
+                if (read.error() != errc::truncated) return read;
+                return error(errc::truncated, "an answer", "the destination hung up; its own error says why").within("return path");
+            }
             switch (message.type) {
             case return_message::pong: take_pong(message.value()); break;
             case return_message::switchover_ack:
@@ -1002,20 +1055,23 @@ private:
 
     machine& machine_;
     guest& guest_;
-    mutable std::mutex settings_mutex_; ///< settings_
+    mutable std::mutex settings_mutex_; ///< settings_, refusal_
     migration::parameters settings_;
+    error refusal_; ///< of the last `start`
 
     detail::monitor monitor_;
+    std::mutex thread_mutex_; ///< migration_thread_, when it is joined
     std::thread migration_thread_;
     std::atomic<bool> may_switch_ = false;
 
-    mutable std::mutex channel_mutex_; ///< the next eight
+    mutable std::mutex channel_mutex_; ///< the next nine
     output_channel* channel_ = nullptr;
     multifd_sender* multifd_ = nullptr;
     std::unique_ptr<output_channel> urgent_channel_; ///< with postcopy_preempt; only the migration thread changes it
     std::stop_source connecting_;
     channel_connector recovery_; ///< what `recover` brought, until the migration thread takes it
     bool pause_wanted_ = false;
+    std::atomic<bool> end_sent_ = false; ///< all but the stream's end has been sent; set by the migration thread
     std::atomic<bool> recovery_is_there_ = false; ///< changed with the mutex, for a look without it
     std::atomic<bool> abandoned_ = false;         ///< the same
 

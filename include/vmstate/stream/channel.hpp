@@ -34,6 +34,12 @@ public:
     /// Makes a read or write that blocks in another thread, and every later one, fail; does nothing on channels that
     /// can't block for long.
     virtual void shutdown() noexcept {}
+    /// Tells the peer that nothing more will come, and goes on reading what it says; from any thread. Does nothing where
+    /// the two directions can't be ended one by one.
+    virtual void end_output() noexcept {}
+    /// Whether the peer is known, without waiting, to have ended its output or to be gone; what it wrote before may still
+    /// be there to be read.
+    virtual bool is_ended() noexcept { return false; }
     /// The other direction of the same connection, for another thread to use at the same time: the source's forward
     /// channel gives what the destination writes back, the destination's gives the way to write it. Each of the two is
     /// closed on its own; `shutdown` of one ends both. `errc::unsupported` where there is no way back. (QEMU:

@@ -57,6 +57,7 @@ public:
     }
     result<void> close() override { return rest_->close(); }
     void shutdown() noexcept override { rest_->shutdown(); }
+    bool is_ended() noexcept override { return rest_->is_ended(); }
     result<std::unique_ptr<duplex_channel>> get_return_path() override { return rest_->get_return_path(); }
     bool set_timeout(std::chrono::milliseconds timeout) noexcept override { return rest_->set_timeout(timeout); }
 

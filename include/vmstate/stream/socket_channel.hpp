@@ -51,6 +51,10 @@ public:
         if (::close(fd) != 0 && errno != EINTR) return system_error("close");
         return {};
     }
+    void end_output() noexcept {
+        const std::lock_guard lock(closing_);
+        if (fd_) ::shutdown(fd_.get(), SHUT_WR);
+    }
     void shutdown() noexcept {
         const std::lock_guard lock(closing_);
         shut_.store(true, std::memory_order_relaxed);
@@ -128,6 +132,12 @@ public:
         return socket_->drop_user();
     }
     void shutdown() noexcept override { socket_->shutdown(); }
+    void end_output() noexcept override { socket_->end_output(); }
+    bool is_ended() noexcept override {
+        if (!usable()) return true;
+        pollfd poll{socket_->get(), POLLRDHUP, 0};
+        return ::poll(&poll, 1, 0) > 0;
+    }
 
     result<std::unique_ptr<duplex_channel>> get_return_path() override {
         if (result<void> usable = this->usable(); !usable) return usable.error();

@@ -313,6 +313,8 @@ public:
         }
     }
 
+    /// Of the connection below: what it still has may be an end that TLS says itself.
+    bool is_ended() noexcept { return in_->is_ended(); }
     void shutdown() noexcept {
         shut_.store(true, std::memory_order_relaxed);
         out_->shutdown();
@@ -619,6 +621,7 @@ public:
         return session_->drop_user(true, timeout_);
     }
     void shutdown() noexcept override { session_->shutdown(); }
+    bool is_ended() noexcept override { return session_->is_ended(); }
     result<std::unique_ptr<duplex_channel>> get_return_path() override {
         if (result<void> usable = this->usable(); !usable) return usable.error();
         return std::unique_ptr<duplex_channel>(std::make_unique<tls_channel>(session_, timeout_));

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// What is thrown in a migration's threads (no memory, no thread, something of the user's) ends the migration, not the
+// process, which has a guest to run. Depends on support/.
+#pragma once
+
+#include <exception>
+#include <utility>
+
+#include <vmstate/support/result.hpp>
+
+namespace vmstate::migration::detail {
+
+/// Calls `work`, which returns `result<void>`.
+template <class Work>
+result<void> guarded(Work&& work) try {
+    return std::forward<Work>(work)();
+} catch (const std::exception& thrown) {
+    return error(errc::io, {}, thrown.what());
+}
+
+} // namespace vmstate::migration::detail
