@@ -123,13 +123,13 @@ public:
             }
             meter_.update(background_);
         }
-        { const std::lock_guard lock(urgent_mutex_); } // what was claimed has left
+        // First, so that a channel which broke unnoticed is heard of while there is something to recover.
+        if (result<void> ended = end_urgent(); !ended) return ended;
         begin_section(section_type::end);
         end_section();
         // No description: the destination's devices are loaded already.
         main_->out.put_u8(static_cast<std::uint8_t>(section_type::eof));
-        if (result<void> sent = flush(); !sent) return sent;
-        return end_urgent();
+        return flush();
     }
     /// Nobody waits in `send_rest` any longer: whatever it is, `fine()` knows. Any thread may.
     void wake() { queue_.close(); }
