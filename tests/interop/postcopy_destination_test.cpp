@@ -253,8 +253,8 @@ vmstate::migration::parameters settings_for(const way& how) {
 TEST_CASE("a running QEMU goes on in postcopy to us, and the guest goes on in another QEMU") {
     VMSTATE_REQUIRE_QEMU();
     if (!can_postcopy()) return;
-    const way how = GENERATE(way{"pc", false, false, 0ms}, way{"pc", true, true, 1500ms}, way{"microvm", false, true, 0ms},
-        way{"microvm", true, false, 1500ms}, way{.machine = "microvm", .precopy = 300ms, .huge = true},
+    const way how = GENERATE(way{"pc", false, false, 0ms}, way{"pc", true, true, 600ms}, way{"microvm", false, true, 0ms},
+        way{"microvm", true, false, 600ms}, way{.machine = "microvm", .precopy = 300ms, .huge = true},
         way{.machine = "microvm", .tcp = true, .preempt = true, .huge = true});
     CAPTURE(how.machine, how.tcp, how.preempt, how.precopy.count(), how.huge);
     // Theirs and ours.

@@ -72,8 +72,8 @@ enum class backing { anonymous, memfd, of_two_pages };
 
 struct looking_machine {
     explicit looking_machine(backing how = backing::anonymous)
-        : mapping(std::move(*(how == backing::memfd ? ram_memory::memfd("guest", (page_count + 1) * page)
-                                                    : ram_memory::anonymous((page_count + 1) * page))))
+        : mapping(how == backing::memfd ? *ram_memory::memfd("guest", (page_count + 1) * page)
+                                        : *ram_memory::anonymous((page_count + 1) * page))
         , state({.name = "small", .suppress_vmdesc = true}) {
         card.memory = [this](std::uint64_t offset) { return read(offset); };
         ram_options options;

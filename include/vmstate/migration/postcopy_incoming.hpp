@@ -135,7 +135,8 @@ public:
             listening_ = true;
         }
         changed_.notify_all();
-        return start_listening([this, &rest, records = machine_.ram()->records()] { return serve_main(rest, records, true); });
+        return start_listening(
+            [this, &rest, records = machine_.ram()->records()] { return serve_main(rest, records, true); });
     }
     result<void> run() override {
         const std::lock_guard lock(session_mutex_);
@@ -220,7 +221,8 @@ public:
         changed_.notify_all();
         // The main thread may be waiting for a page, in a device's post_load: it is to come back and find out.
         if (listening_ && !running_ && placer_)
-            received_.for_each_block([&](const ram_block& block) { static_cast<void>(placer_->fault().remove(block.used())); });
+            received_.for_each_block(
+                [&](const ram_block& block) { static_cast<void>(placer_->fault().remove(block.used())); });
     }
 
     /// Any thread.
@@ -263,7 +265,8 @@ private:
     /// Of what was thrown away, the first page that didn't come; or a page that somebody waits for.
     std::optional<error> find_missing() const {
         const auto missing = [](const ram_block& block, std::uint64_t offset) {
-            return std::move(error(errc::bad_ram, "every page by the end", "none at " + std::to_string(offset)).within(block.name));
+            return std::move(
+                error(errc::bad_ram, "every page by the end", "none at " + std::to_string(offset)).within(block.name));
         };
         for (const auto& [block, owed] : owed_)
             for (page_run run = owed.find_next_run(0); run.count != 0; run = owed.find_next_run(run.first + run.count))
@@ -271,7 +274,8 @@ private:
                     if (!received_.has(*block, page * received_.page_size(), received_.page_size()))
                         return missing(*block, page * received_.page_size());
         if (requests_.waiting() != 0)
-            return error(errc::bad_ram, "every page by the end", std::to_string(requests_.waiting()) + " that were asked for are missing");
+            return error(errc::bad_ram, "every page by the end",
+                std::to_string(requests_.waiting()) + " that were asked for are missing");
         return std::nullopt;
     }
 
@@ -293,19 +297,21 @@ private:
         return {};
     }
 
-    /// Where the main stream is.
-    struct main_stream {
+    /// Where a channel is.
+    struct page_stream {
         reader& in;
         ram_record_reader records;
         page_assembler assembler;
         ram_block* block = nullptr; ///< CONTINUE
-        bool resumed;               ///< pages may come
+    };
+    struct main_stream : page_stream {
+        bool resumed = false; ///< pages may come
         bool ram_ended = false;
     };
 
     /// The rest of the main stream: pages, PINGs, the end. After a break, the commands of a recovery before.
     result<void> serve_main(reader& in, ram_record_reader records, bool resumed) {
-        main_stream at{in, records, page_assembler(*placer_), find(records.block()), resumed};
+        main_stream at{{in, records, page_assembler(*placer_), find(records.block())}, resumed};
         result<void> done;
         bool ended = false;
         while (done && !ended) done = serve_item(at, ended);
@@ -320,7 +326,9 @@ private:
         switch (static_cast<section_type>(type)) {
         case section_type::eof:
             ended = true;
-            if (!at.ram_ended) return std::move(error(errc::bad_section, "the memory's END", "the end of the sections").at_offset(position));
+            if (!at.ram_ended)
+                return std::move(
+                    error(errc::bad_section, "the memory's END", "the end of the sections").at_offset(position));
             return at.assembler.check_complete();
         case section_type::part:
         case section_type::end: {
@@ -330,7 +338,8 @@ private:
         }
         case section_type::command: return serve_command(at, position);
         default:
-            return std::move(error(errc::bad_section, "memory, a command or the end in postcopy", "type " + std::to_string(type))
+            return std::move(error(errc::bad_section, "memory, a command or the end in postcopy",
+                "type " + std::to_string(type))
                                  .within("next section")
                                  .at_offset(position));
         }
@@ -339,9 +348,12 @@ private:
         const std::uint32_t section_id = at.in.get_be32();
         if (at.in.failed()) return at.in.failure();
         if (section_id != ram_section_id_ || at.ram_ended)
-            return error(errc::unknown_section, at.ram_ended ? "no section behind the memory's END" : "the memory's section " + std::to_string(ram_section_id_), std::to_string(section_id));
+            return error(errc::unknown_section,
+                at.ram_ended ? std::string("no section behind the memory's END")
+                             : "the memory's section " + std::to_string(ram_section_id_),
+                std::to_string(section_id));
         if (!at.resumed) return error(errc::bad_command, "POSTCOPY_RESUME before pages", "pages");
-        if (result<void> done = serve_pages(at.in, at.records, at.assembler, at.block); !done) return done;
+        if (result<void> done = serve_pages(at); !done) return done;
         if (type == section_type::end) at.ram_ended = true;
         if (!machine_.options().send_section_footer) return {};
         const std::uint8_t footer = at.in.get_u8();
@@ -352,20 +364,25 @@ private:
         return {};
     }
     /// Records up to EOS.
-    result<void> serve_pages(reader& in, ram_record_reader& records, page_assembler& assembler, ram_block*& block) {
+    result<void> serve_pages(main_stream& at) {
         ram_record record;
-        while (records.next(in, record)) {
+        while (at.records.next(at.in, record)) {
             if (record.kind == ram_record_kind::end_of_section) return {};
             if (record.kind == ram_record_kind::multifd_flush) continue;
-            if (!record.is_page())
-                return std::move(error(errc::bad_ram, "pages in postcopy", std::string(to_string(record.kind))).at_offset(record.position));
-            if (record.names_block || block == nullptr) block = find(records.block());
-            if (block == nullptr)
-                return std::move(error(errc::bad_ram, "a block of the stream's list", std::string(records.block()))
-                                     .at_offset(record.position));
-            if (result<void> loaded = assembler.load(in, record, *block); !loaded) return loaded;
+            if (result<void> placed = place(at, record); !placed) return placed;
         }
-        return in.failure();
+        return at.in.failure();
+    }
+    /// A record of either channel.
+    result<void> place(page_stream& at, const ram_record& record) {
+        if (!record.is_page())
+            return std::move(
+                error(errc::bad_ram, "pages in postcopy", std::string(to_string(record.kind))).at_offset(record.position));
+        if (record.names_block || at.block == nullptr) at.block = find(at.records.block());
+        if (at.block == nullptr)
+            return std::move(error(errc::bad_ram, "a block of the stream's list", std::string(at.records.block()))
+                                 .at_offset(record.position));
+        return at.assembler.load(at.in, record, *at.block);
     }
 
     result<void> serve_command(main_stream& at, std::uint64_t position) {
@@ -412,7 +429,8 @@ private:
     }
     /// A step that may not follow; and where it might, not from a stream that a listen thread reads.
     result<void> refuse_step(postcopy_state next) const {
-        return error(errc::bad_command, "no step to " + std::string(to_string(next)), "it in " + std::string(to_string(progress_.now())));
+        return error(errc::bad_command, "no step to " + std::string(to_string(next)),
+            "it in " + std::string(to_string(progress_.now())));
     }
     result<void> send_received(const std::string& name) {
         const ram_block* const block = find(name);
@@ -464,31 +482,22 @@ private:
             if (over_ || failure_) return {};
         }
         buffered_reader in(*channel);
-        ram_record_reader records(received_.page_size());
-        page_assembler assembler(*placer_);
-        ram_block* block = nullptr;
-        // Newer sources close it at the end, older ones end it with an EOS, and then close it, too.
-        result<void> done;
-        if (in.peek(1) != 0 || in.failed()) done = serve_preempt_records(in, records, assembler, block);
+        page_stream at{in, ram_record_reader(received_.page_size()), page_assembler(*placer_)};
+        result<void> done = serve_preempt_pages(at);
         const std::lock_guard lock(session_mutex_);
         bytes_ += in.offset();
         return done;
     }
-    result<void> serve_preempt_records(reader& in, ram_record_reader& records, page_assembler& assembler, ram_block*& block) {
-        while (in.peek(1) != 0) {
+    /// Newer sources close it at the end; older ones end it with an EOS, and close it then.
+    result<void> serve_preempt_pages(page_stream& at) {
+        while (at.in.peek(1) != 0) {
             ram_record record;
-            if (!records.next(in, record)) return in.failure();
+            if (!at.records.next(at.in, record)) return at.in.failure();
             if (record.kind == ram_record_kind::end_of_section) break;
-            if (!record.is_page())
-                return std::move(error(errc::bad_ram, "pages", std::string(to_string(record.kind))).at_offset(record.position));
-            if (record.names_block || block == nullptr) block = find(records.block());
-            if (block == nullptr)
-                return std::move(error(errc::bad_ram, "a block of the stream's list", std::string(records.block()))
-                                     .at_offset(record.position));
-            if (result<void> loaded = assembler.load(in, record, *block); !loaded) return loaded;
+            if (result<void> placed = place(at, record); !placed) return placed;
         }
-        if (in.failed()) return in.failure();
-        return assembler.check_complete();
+        if (at.in.failed()) return at.in.failure();
+        return at.assembler.check_complete();
     }
     void end_preempt() {
         {
