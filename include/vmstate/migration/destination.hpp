@@ -10,6 +10,7 @@
 #pragma once
 
 #include <atomic>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -315,7 +316,21 @@ private:
         if (listener_ == nullptr) return {};
         listener_->set_timeout(std::chrono::milliseconds(1));
         if (!listener_->accept()) return {};
-        return error(errc::not_a_stream, std::to_string(settings_.multifd_channels + 1) + " channels", "more");
+        return error(errc::invalid_argument,
+            std::to_string(settings_.multifd_channels) + " multifd channels and the main one", "more");
+    }
+    /// The same where no multifd is expected: of few pages all may have left into channels that nobody has accepted. Whoever
+    /// else knocked meanwhile doesn't matter.
+    result<void> refuse_multifd() {
+        if (listener_ == nullptr) return {};
+        listener_->set_timeout(std::chrono::milliseconds(1));
+        for (result<std::unique_ptr<duplex_channel>> next = listener_->accept(); next; next = listener_->accept()) {
+            (*next)->set_timeout(std::chrono::milliseconds(100));
+            std::array<std::byte, 4> magic;
+            if (read_exactly(**next, magic) && vmstate::detail::load_big<std::uint32_t>(magic.data()) == multifd_magic)
+                return error(errc::invalid_argument, "a source without multifd, as here", "a multifd channel");
+        }
+        return {};
     }
     std::stop_token stop_token() const {
         const std::lock_guard lock(channel_mutex_);
@@ -369,6 +384,8 @@ private:
         if (pages) {
             // What has gone wrong there is the reason for what is wrong here.
             if (result<void> complete = pages->finish(loaded.has_value()); !complete) loaded = complete;
+        } else if (loaded && !settings_.postcopy_ram) {
+            loaded = refuse_multifd();
         }
         if (postcopy && postcopy->is_listening()) {
             result<void> done = loaded ? run_in_postcopy(*postcopy, main, way_back) : fail_before_run(*postcopy, loaded.error());
