@@ -71,8 +71,10 @@ vmstate::result<void> kvm_vcpu_state::capture() {
     msrs.clear();
     for (const std::uint32_t index : msr_indices) msrs.push_back({.index = index, .reserved = 0, .data = 0});
     nr_msrs = static_cast<std::uint32_t>(msrs.size());
-    // First the state that may change others: reading it lets a HLT or SIPI that is due take effect.
+    // First the two that may change others: reading the events delivers what a pending exception puts into CR2 or DR6
+    // (unless that is asked for as a payload), and reading the MP state lets an INIT or SIPI that is due take effect.
     const vmstate::result<void> got = sequence(vcpu_fd)
+                                          .THEN(KVM_GET_VCPU_EVENTS, &events)
                                           .THEN(KVM_GET_MP_STATE, &mp_state)
                                           .THEN(KVM_GET_SREGS, &sregs)
                                           .THEN(KVM_GET_XCRS, &xcrs)
@@ -80,7 +82,6 @@ vmstate::result<void> kvm_vcpu_state::capture() {
                                           .THEN(KVM_GET_REGS, &regs)
                                           .THEN(KVM_GET_LAPIC, &lapic)
                                           .THEN(KVM_GET_DEBUGREGS, &debugregs)
-                                          .THEN(KVM_GET_VCPU_EVENTS, &events)
                                           .done();
     if (!got) return got;
     return transfer_msrs(vcpu_fd, msrs, true);
