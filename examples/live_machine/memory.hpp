@@ -1,21 +1,16 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// The guest's RAM: a memfd, mapped. Depends on vmstate's support/ and Linux.
+// The guest's RAM: a memfd, mapped. Depends on vmstate's machine/ and support/.
 #pragma once
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <bit>
-#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <string>
-#include <system_error>
+#include <utility>
 
+#include <vmstate/machine/ram_memory.hpp>
 #include <vmstate/support/result.hpp>
-#include <vmstate/support/unique_fd.hpp>
 
 namespace live {
 
@@ -24,28 +19,19 @@ static_assert(std::endian::native == std::endian::little, "words of the guest ar
 class memory {
 public:
     static vmstate::result<memory> make(std::uint64_t size) {
-        const auto failure = [](const char* call) {
-            return vmstate::error(vmstate::errc::io, {}, call + (": " + std::system_category().message(errno)));
-        };
-        vmstate::unique_fd fd(::memfd_create("guest-ram", MFD_CLOEXEC));
-        if (!fd) return failure("memfd_create");
-        if (::ftruncate(fd.get(), static_cast<off_t>(size)) != 0) return failure("ftruncate");
-        void* const address = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
-        if (address == MAP_FAILED) return failure("mmap");
-        return memory({static_cast<std::byte*>(address), size});
-    }
-    memory(memory&& other) noexcept : bytes_(other.bytes_) { other.bytes_ = {}; }
-    memory& operator=(memory&&) = delete;
-    ~memory() {
-        if (!bytes_.empty()) ::munmap(bytes_.data(), bytes_.size());
+        vmstate::result<vmstate::ram_memory> mapped = vmstate::ram_memory::memfd("guest-ram", size);
+        if (!mapped) return mapped.error();
+        return memory(std::move(*mapped));
     }
 
-    std::span<std::byte> bytes() const noexcept { return bytes_; }
+    std::span<std::byte> bytes() const noexcept { return mapped_.span(); }
+    /// With the file behind it: of pages that were never touched, a migration needs to read and send nothing.
+    const vmstate::ram_memory& mapping() const noexcept { return mapped_; }
 
     /// 1, 2 or 4 bytes inside of the memory, at a multiple of their size. A migration reads pages while they are written,
     /// and reads them again when it learns of that: a race by design, of which a thread sanitizer is not told.
     [[gnu::no_sanitize_thread]] std::uint32_t load(std::uint64_t offset, std::uint32_t size) const {
-        const std::byte* const at = bytes_.data() + offset;
+        const std::byte* const at = bytes().data() + offset;
         switch (size) {
         case 1: return *reinterpret_cast<const volatile std::uint8_t*>(at);
         case 2: return *reinterpret_cast<const volatile std::uint16_t*>(at);
@@ -53,7 +39,7 @@ public:
         }
     }
     [[gnu::no_sanitize_thread]] void store(std::uint64_t offset, std::uint32_t size, std::uint32_t value) const {
-        std::byte* const at = bytes_.data() + offset;
+        std::byte* const at = bytes().data() + offset;
         switch (size) {
         case 1: *reinterpret_cast<volatile std::uint8_t*>(at) = static_cast<std::uint8_t>(value); break;
         case 2: *reinterpret_cast<volatile std::uint16_t*>(at) = static_cast<std::uint16_t>(value); break;
@@ -62,9 +48,9 @@ public:
     }
 
 private:
-    explicit memory(std::span<std::byte> bytes) noexcept : bytes_(bytes) {}
+    explicit memory(vmstate::ram_memory mapped) noexcept : mapped_(std::move(mapped)) {}
 
-    std::span<std::byte> bytes_;
+    vmstate::ram_memory mapped_;
 };
 
 } // namespace live

@@ -65,7 +65,7 @@ void report::left(const vmstate::migration::status& last) {
             {"setup-time-ms", last.setup_time.count()}, {"passes", last.ram.dirty_sync_count},
             {"transferred", last.ram.transferred}, {"precopy-bytes", last.ram.precopy_bytes},
             {"downtime-bytes", last.ram.downtime_bytes}, {"normal", last.ram.normal},
-            {"duplicate", last.ram.duplicate}, {"bytes-per-second", rate}});
+            {"duplicate", last.ram.duplicate}, {"skipped", last.ram.skipped}, {"bytes-per-second", rate}});
 }
 
 void report::arrived(const vmstate::migration::status& last) {

@@ -26,7 +26,7 @@ vmstate::result<memory> vm::make_memory(const vm_options& options) {
 
 vm::vm(vm_options options, memory ram, std::string name, std::uint32_t ram_base)
     : options_(std::move(options)), ram_(std::move(ram)), machine_({.name = std::move(name)}), ram_base_(ram_base) {
-    machine_.add_ram("ram", ram_.bytes(), {.guest_address = ram_base});
+    machine_.add_ram("ram", ram_.mapping(), {.guest_address = ram_base});
     machine_.add_device<guest_clock::vm::description>(clock_);
     machine_.add_device<vmstate_uart>(uart_);
     guest_.stop = [this]() -> vmstate::result<void> {
