@@ -119,7 +119,10 @@ public:
                 complain("machine", booted.error());
                 return exit_failed;
             }
-            vm_.start();
+            if (const vmstate::result<void> started = vm_.start(); !started) {
+                complain("machine", started.error());
+                return exit_failed;
+            }
             report_.running();
         }
         unsigned times_left = asked_.migrate_uri.empty() ? 0 : asked_.times;
@@ -130,7 +133,7 @@ public:
             const bool returns = !asked_.listen_uri.empty() && (!asked_.incoming || times_left != 0);
             if (returns && !prepare_to_receive()) return exit_failed;
             if (!send()) {
-                // The guest is here, and that the program was asked for something else doesn't change that.
+                // The guest is here, or has halted; that the program was asked for something else doesn't change that.
                 static_cast<void>(run_guest(run_for()));
                 return exit_failed;
             }
@@ -178,9 +181,11 @@ private:
             }
         if (const vmstate::result<void> moved = source.wait(); !moved) {
             complain(asked_.migrate_uri, moved.error());
-            report_.guest_runs_on();
+            if (vm_.why_halted().empty()) report_.guest_runs_on();
             return false;
         }
+        // It has gone as it is, and halts over there as well.
+        if (!vm_.why_halted().empty()) return false;
         report_.left(source.status());
         return true;
     }

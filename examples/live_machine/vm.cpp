@@ -33,10 +33,7 @@ vm::vm(vm_options options, memory ram, std::string name, std::uint32_t ram_base)
         stop();
         return {};
     };
-    guest_.start = [this]() -> vmstate::result<void> {
-        start();
-        return {};
-    };
+    guest_.start = [this] { return start(); };
     guest_.throttle = [this](unsigned percent) { throttle_percent_.store(std::min(percent, 99u)); };
     if (options_.dirty_log == dirty_log_kind::pagemap)
         guest_.dirty_logs.emplace("ram", vmstate::pagemap_scan_log(ram_.bytes()));
@@ -46,21 +43,25 @@ void vm::put_program(std::span<const std::byte> image, const guest_parameters& p
     const std::span<std::byte> bytes = ram_.bytes();
     std::copy(image.begin(), image.end(), bytes.begin());
     std::memcpy(bytes.data() + guest_parameters::offset, &parameters, sizeof parameters);
+    const std::lock_guard lock(wake_mutex_);
+    why_halted_.clear();
 }
 
-void vm::start() {
+vmstate::result<void> vm::start() {
     const std::lock_guard control(control_mutex_);
-    if (thread_.joinable()) return;
+    if (const std::string why = why_halted(); !why.empty())
+        return vmstate::error(vmstate::errc::invalid_argument, "a guest that can go on", why);
+    if (thread_.joinable()) return {};
     {
         const std::lock_guard lock(wake_mutex_);
         must_stop_ = false;
-        why_halted_.clear();
     }
     thread_ = std::thread([this] {
         clock_.start();
         run_guest();
         clock_.stop();
     });
+    return {};
 }
 
 void vm::stop() {

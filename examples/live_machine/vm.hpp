@@ -53,10 +53,11 @@ public:
     /// Where RAM begins for the guest.
     std::uint32_t ram_base() const { return ram_base_; }
 
-    /// Runs the guest, or has it stand still when it returns. Doing either twice is harmless.
-    void start();
+    /// Runs the guest, or has it stand still when it returns. Doing either twice is harmless. A guest that has halted is
+    /// not run on, which is an error; it stands still already.
+    vmstate::result<void> start();
     void stop();
-    /// Why the guest can't go on; empty while it can. Any thread may ask.
+    /// Why the guest can't go on; empty while it can, and after another `boot`. Any thread may ask.
     std::string why_halted() const;
 
     /// What is migrated, and how it is stopped, started and watched.

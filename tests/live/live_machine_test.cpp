@@ -201,6 +201,24 @@ std::string missing(const machine_kind& kind) {
     return why;
 }
 
+/// Writes to `path` the stream of a guest whose last page isn't what the guest has put there.
+void write_bad_stream(const machine_kind& kind, const std::filesystem::path& path, const arguments& common) {
+    process source(arguments{"run", "--serial", path.string() + ".serial", "--migrate-to", "file:" + path.string(),
+                       "--after", kind.is_kvm() ? "0.8" : "0.3"} + common + kind.busy());
+    if (source.wait() != 0) throw std::runtime_error(source.said());
+
+    // The last page's first word, as the guests make it.
+    std::string stream = text_of(path);
+    const std::uint32_t address = kind.is_kvm() ? (2u << 20) - 4096 : 0x80000000u + (4u << 20) - 4096;
+    const std::uint32_t word = address * 0x9e3779b1u;
+    std::string bytes;
+    for (unsigned i = 0; i != 4; ++i) bytes += static_cast<char>(word >> 8 * i & 0xff);
+    const std::size_t at = stream.find(bytes);
+    if (at == std::string::npos) throw std::runtime_error("the last page isn't in the stream");
+    stream[at] = static_cast<char>(stream[at] ^ 1);
+    std::ofstream(path, std::ios::binary) << stream;
+}
+
 } // namespace
 
 TEST_CASE("a guest goes from one process to another without a lost tick") {
@@ -340,28 +358,44 @@ TEST_CASE("the guest finds a page that isn't what it was") {
     CAPTURE(kind.cpu);
     if (const std::string why = missing(kind); !why.empty()) return skip(why);
     const temporary_directory directory;
-    const std::string uri = "file:" + (directory / "stream").string();
     const arguments common = arguments{"--json", "--memory", "4M"} + kind.as_arguments();
-    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--after",
-                       kind.is_kvm() ? "0.8" : "0.3"} + common + kind.busy());
-    CHECK(source.wait() == 0);
+    write_bad_stream(kind, directory / "stream", common);
 
-    // The last page's first word, as the guests make it.
-    std::string stream = text_of(directory / "stream");
-    const std::uint32_t address = kind.is_kvm() ? (2u << 20) - 4096 : 0x80000000u + (4u << 20) - 4096;
-    const std::uint32_t word = address * 0x9e3779b1u;
-    std::string bytes;
-    for (unsigned i = 0; i != 4; ++i) bytes += static_cast<char>(word >> 8 * i & 0xff);
-    const std::size_t at = stream.find(bytes);
-    REQUIRE(at != std::string::npos);
-    stream[at] = static_cast<char>(stream[at] ^ 1);
-    std::ofstream(directory / "stream", std::ios::binary) << stream;
-
-    process destination(arguments{"incoming", uri, "--serial", (directory / "after").string()} + common);
+    process destination(arguments{"incoming", "file:" + (directory / "stream").string(), "--serial",
+                            (directory / "after").string()} + common);
     destination.wait_for("arrived");
     destination.wait_for("halted");
     CHECK(destination.wait() == 1);
     CHECK_THAT(text_of(directory / "after"), contains(kind.is_kvm() ? "BAD page 001ff000 " : "BAD page 803ff000 "));
+}
+
+TEST_CASE("a guest that halts while it migrates has halted") {
+    const machine_kind kind = GENERATE(as<machine_kind>(), riscv, kvm);
+    const bool goes = GENERATE(true, false);
+    CAPTURE(kind.cpu, goes);
+    if (const std::string why = missing(kind); !why.empty()) return skip(why);
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return "'" + (directory / name).string() + "'"; };
+    const arguments common = arguments{"--json", "--memory", "4M"} + kind.as_arguments();
+    write_bad_stream(kind, directory / "stream", common);
+
+    // It takes the guest only when that has said what it found, and a while later: then it has stopped itself.
+    std::string taken = "exec:until grep -q '^BAD page .' " + path("after") + "; do sleep 0.1; done; sleep 1; ";
+    taken += goes ? "exec cat > " + path("halted") : "exit 1";
+    process source(arguments{"incoming", "file:" + (directory / "stream").string(), "--serial",
+                       (directory / "after").string(), "--migrate-to", taken, "--after", "0"} + common);
+    source.wait_for("halted");
+    CHECK(source.wait() == 1);
+    CHECK(source.count("migrated") == 0);
+    CHECK(source.count("running") == 0);
+    CHECK(source.count("failed") == (goes ? 0 : 1));
+    if (!goes) return;
+
+    // It isn't any better where it has gone.
+    process destination(arguments{"incoming", "file:" + (directory / "halted").string(), "--serial", "/dev/null"} + common);
+    destination.wait_for("arrived");
+    destination.wait_for("halted");
+    CHECK(destination.wait() == 1);
 }
 
 TEST_CASE("what KVM doesn't take of a stream is refused by its name") {
