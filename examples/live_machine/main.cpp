@@ -43,6 +43,7 @@ struct command_line {
     std::string listen_uri;  // where the guest comes from, or back from
     std::string migrate_uri; // where it goes to
     double after = 1;
+    std::uint64_t after_lines = 0;
     unsigned times = 1;
     std::optional<double> run_for;
     std::uint64_t memory = std::uint64_t{64} << 20;
@@ -127,7 +128,10 @@ public:
         }
         unsigned times_left = asked_.migrate_uri.empty() ? 0 : asked_.times;
         while (times_left != 0) {
+            const std::uint64_t lines = vm_.lines_printed() + asked_.after_lines;
             if (!run_guest(duration(asked_.after))) return exit_failed;
+            while (vm_.lines_printed() < lines)
+                if (!run_guest(std::chrono::milliseconds(5))) return exit_failed;
             --times_left;
             // Where a guest comes in, it may come again; listen before it goes, so that it isn't too fast for us.
             const bool returns = !asked_.listen_uri.empty() && (!asked_.incoming || times_left != 0);
@@ -282,6 +286,9 @@ void add_common_options(CLI::App& to, command_line& asked) {
     to.add_option("--after", asked.after, "Seconds that the guest runs here before it goes")
         ->needs(migrate)
         ->check(CLI::Range(0.0, 1e6))
+        ->capture_default_str();
+    to.add_option("--after-lines", asked.after_lines, "Lines that the guest prints here, too, before it goes")
+        ->needs(migrate)
         ->capture_default_str();
     to.add_option("--times", asked.times, "How often it goes, where it comes back each time")
         ->needs(migrate)

@@ -112,6 +112,7 @@ bool vm::send_serial() {
         }
         done += static_cast<std::size_t>(written);
     }
+    lines_printed_ += static_cast<std::uint64_t>(std::count(out.begin(), out.begin() + count, '\n'));
     return true;
 }
 

@@ -59,6 +59,8 @@ public:
     void stop();
     /// Why the guest can't go on; empty while it can, and after another `boot`. Any thread may ask.
     std::string why_halted() const;
+    /// How many lines have left the serial port of this machine. Any thread may ask.
+    std::uint64_t lines_printed() const { return lines_printed_.load(); }
 
     /// What is migrated, and how it is stopped, started and watched.
     vmstate::machine& machine() { return machine_; }
@@ -99,6 +101,7 @@ protected:
 private:
     const std::uint32_t ram_base_;
     std::atomic<unsigned> throttle_percent_ = 0;
+    std::atomic<std::uint64_t> lines_printed_ = 0;
 
     std::mutex control_mutex_; ///< thread_
     std::thread thread_;

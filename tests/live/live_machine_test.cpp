@@ -267,7 +267,7 @@ TEST_CASE("a guest goes back and forth again and again") {
     const auto path = [&](const char* name) { return (directory / name).string(); };
     // Both append to one file: it is one guest's output.
     const arguments common{"--json", "--memory", "8M", "--serial", path("serial"), "--times", times, "--after", "0.05",
-        "--max-bandwidth", "128M", "--downtime-limit", "10"};
+        "--after-lines", "4", "--max-bandwidth", "128M", "--downtime-limit", "10"};
 
     process other(arguments{"incoming", "unix:" + path("there"), "--migrate-to", "unix:" + path("back")} + common +
                   there.as_arguments());
