@@ -17,8 +17,9 @@
 
 #include <CLI/CLI.hpp>
 
-#include <cstddef>
 #include <charconv>
+#include <chrono>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -26,6 +27,7 @@
 #include <iterator>
 #include <memory>
 #include <span>
+#include <stop_token>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -90,12 +92,15 @@ struct tls_files {
     }
 };
 
-/// Each call waits for one more channel from the peer.
-vmstate::channel_acceptor accept_tls(vmstate::socket_listener& listener, const vmstate::tls_credentials& credentials) {
-    return [&](const vmstate::opening_options& options) -> vmstate::result<std::unique_ptr<vmstate::input_channel>> {
+/// Each call waits for one more channel from the peer. Who has connected may take `handshake_timeout` for each message.
+vmstate::channel_acceptor accept_tls(vmstate::socket_listener& listener, const vmstate::tls_credentials& credentials,
+    std::chrono::milliseconds handshake_timeout) {
+    return [=, &listener](const vmstate::opening_options& options) -> vmstate::result<std::unique_ptr<vmstate::input_channel>> {
         listener.set_timeout(options.timeout);
+        const std::stop_callback end(options.stop, [&listener] { listener.cancel(); });
         vmstate::result<std::unique_ptr<vmstate::duplex_channel>> accepted = listener.accept();
         if (!accepted) return accepted.error();
+        (*accepted)->set_timeout(handshake_timeout);
         vmstate::result<std::unique_ptr<vmstate::duplex_channel>> secure = vmstate::tls_server(std::move(*accepted), credentials);
         if (!secure) return secure.error();
         return std::unique_ptr<vmstate::input_channel>(std::move(*secure));
@@ -105,6 +110,7 @@ vmstate::channel_connector connect_tls(const std::string& uri, const std::string
     return [=](const vmstate::opening_options& options) -> vmstate::result<std::unique_ptr<vmstate::output_channel>> {
         vmstate::result<std::unique_ptr<vmstate::duplex_channel>> connected = vmstate::connect(uri, options);
         if (!connected) return connected.error();
+        (*connected)->set_timeout(options.timeout);
         vmstate::result<std::unique_ptr<vmstate::duplex_channel>> secure =
             vmstate::tls_client(std::move(*connected), credentials, hostname);
         if (!secure) return secure.error();
@@ -173,7 +179,7 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
         vmstate::result<vmstate::socket_listener> listener = vmstate::socket_listener::listen(uri);
         if (!listener) return listener.error();
         say_where(listener->uri());
-        return destination.run(accept_tls(*listener, *credentials));
+        return destination.run(accept_tls(*listener, *credentials, parameters.peer_timeout));
     }();
     if (!arrived) return complain(uri, arrived.error());
     say_what_came(machine, destination.status());
@@ -247,6 +253,13 @@ int main(int argc, char** argv) {
             ->check(CLI::IsMember({"none", "zlib", "zstd"}))
             ->needs(channels);
     }
+    unsigned timeout = 60;
+    for (CLI::App* const either : {receiving, sending})
+        either->add_option("--timeout", timeout,
+                  "Seconds after which a QEMU that is connected, and neither sends nor takes anything, counts as gone; 0 for "
+                  "never")
+            ->check(CLI::Range(0, 1'000'000))
+            ->capture_default_str();
     sending->add_option("--tls-hostname", tls.hostname, "Whom the server's certificate has to name");
     app.footer("Exit status: 0 when all went over; 1 when not, with the reason; 2 for a wrong command line.\n"
                "\n"
@@ -259,7 +272,7 @@ int main(int argc, char** argv) {
         return app.exit(failure) == 0 ? EXIT_SUCCESS : exit_usage;
     }
     multifd.apply_to(parameters);
-    if (receiving->parsed()) parameters.peer_timeout = {}; // a QEMU may take its time
+    parameters.peer_timeout = std::chrono::seconds(timeout);
     try {
         return receiving->parsed() ? receive(uri, file, schema_file, parameters, tls)
                                    : send(file, uri, parameters, tls, multifd_sync);

@@ -5,6 +5,8 @@
 #include "support/counter.hpp"
 #include "support/qemu.hpp"
 
+#include <vmstate/stream/connect.hpp>
+
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -141,6 +143,33 @@ TEST_CASE("a machine that isn't the schema's is refused by name, and its guest r
     CHECK(status == 1);
     CHECK(said.find("configuration/name") != std::string::npos);
     CHECK(first.status() == "running");
+    CHECK_FALSE(std::filesystem::exists(directory / "parked"));
+}
+
+TEST_CASE("who connects and says nothing isn't waited for longer than one says") {
+    VMSTATE_REQUIRE_QEMU();
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    {
+        qemu first({.machine = "microvm", .rom = guest_rom("counter")});
+        REQUIRE(first.migrate_to_file(directory / "schema").completed);
+    }
+    certificate_authority authority;
+    authority.write(directory.path());
+    authority.issue({}).write(directory.path(), "server");
+    for (const std::string& way : {std::string(), " --tls-x509 " + directory.path().string(), std::string(" --multifd 2")}) {
+        CAPTURE(way);
+        const std::string uri = "unix:" + path("in");
+        park receiving("receive " + uri + " " + path("parked") + " --timeout 1 --schema " + path("schema") + way);
+        REQUIRE(receiving.line() == "waiting at " + uri + "\n");
+        const auto stray = vmstate::connect(uri);
+        REQUIRE(stray);
+        int status = -1;
+        const std::string said = receiving.rest(status);
+        CAPTURE(said);
+        CHECK(status == 1); // not that of who ends it after two minutes
+        CHECK(said.find("timed out") != std::string::npos);
+    }
     CHECK_FALSE(std::filesystem::exists(directory / "parked"));
 }
 
