@@ -19,13 +19,16 @@
 
 #include <charconv>
 #include <chrono>
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stop_token>
 #include <string>
@@ -130,6 +133,21 @@ struct multifd_options {
         if (compression == "zstd") parameters.multifd_compression = vmstate::multifd_zstd();
     }
 };
+
+/// As QEMU's -uuid takes it: 32 hexadecimal digits, with dashes or without.
+std::optional<std::array<std::uint8_t, 16>> parse_uuid(const std::string& text) {
+    std::array<std::uint8_t, 16> uuid{};
+    std::size_t digits = 0;
+    for (const char c : text) {
+        if (c == '-') continue;
+        const int value = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (value < 0 || digits == 32) return std::nullopt;
+        uuid[digits / 2] = static_cast<std::uint8_t>(uuid[digits / 2] << 4 | value);
+        ++digits;
+    }
+    if (digits != 32) return std::nullopt;
+    return uuid;
+}
 
 /// Machine types up to 8.0, whatever QEMU they run in, expect multifd's sync points where QEMU 8.0 had them. Of those whose
 /// name has no version ("microvm") it isn't known; they are taken for new ones.
@@ -236,6 +254,9 @@ int main(int argc, char** argv) {
     sending->add_option("URI", uri, "Where that QEMU waits: unix:PATH, tcp:HOST:PORT")->required();
     sending->add_flag("!--no-return-path", parameters.return_path, "Don't ask it whether all was loaded");
     sending->add_option("--max-bandwidth", parameters.max_bandwidth, "Bytes per second, 0 for no limit");
+    std::string uuid;
+    sending->add_option("--uuid", uuid, "With --multifd: the uuid that the QEMU was started with (-uuid), if it was")
+        ->check([](const std::string& text) { return parse_uuid(text) ? std::string() : "32 hexadecimal digits, not " + text; }, "UUID");
     std::string multifd_sync = "auto";
     sending->add_option("--multifd-sync", multifd_sync,
                "When the QEMU expects the channels to be in step: after each section (as machine types up to 8.0 do), or once "
@@ -272,6 +293,7 @@ int main(int argc, char** argv) {
         return app.exit(failure) == 0 ? EXIT_SUCCESS : exit_usage;
     }
     multifd.apply_to(parameters);
+    if (!uuid.empty()) parameters.multifd_uuid = parse_uuid(uuid);
     parameters.peer_timeout = std::chrono::seconds(timeout);
     try {
         return receiving->parsed() ? receive(uri, file, schema_file, parameters, tls)

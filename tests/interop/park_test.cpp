@@ -108,10 +108,13 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
 
     qemu_options more = with_credentials("server");
     more.arguments.insert(more.arguments.end(), {"-incoming", "defer"}); // it has to be told how first
+    // libvirt gives every QEMU a uuid, and multifd's channels have to know it.
+    const std::string uuid = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0";
+    if (multifd) more.arguments.insert(more.arguments.end(), {"-uuid", uuid});
     qemu second(more);
     configure(second);
     second.execute("migrate-incoming", {{"uri", "unix:" + path("out")}});
-    const std::string said = park("send " + path("parked") + " unix:" + path("out") + with).rest(status);
+    const std::string said = park("send " + path("parked") + " unix:" + path("out") + with + (multifd ? " --uuid " + uuid : "")).rest(status);
     CAPTURE(said);
     REQUIRE(status == 0);
     const auto incoming = second.wait_incoming();

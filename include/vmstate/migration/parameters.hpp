@@ -4,8 +4,10 @@
 // ram/multifd_compression.hpp.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include <vmstate/ram/multifd_compression.hpp>
@@ -47,6 +49,9 @@ struct parameters {
     /// not with `xbzrle`.
     bool multifd = false;
     unsigned multifd_channels = 2;
+    /// At the source: the uuid that the channels' first packets carry, which a QEMU compares with its own `-uuid`; without it
+    /// the machine's, or zeros.
+    std::optional<std::array<std::uint8_t, 16>> multifd_uuid = {};
     /// On both sides alike (`multifd-compression`): `multifd_zlib()` or `multifd_zstd()`, each from a header of its own.
     vmstate::multifd_compression multifd_compression = {};
     /// At the source: what a QEMU up to 8.0 at the other end expects, and a newer one with a machine type of those

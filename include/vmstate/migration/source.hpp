@@ -507,8 +507,9 @@ private:
         const auto open = [&]() -> result<std::unique_ptr<output_channel>> {
             return connect({settings.peer_timeout, stop_token()});
         };
-        return stream.multifd->start(
-            settings.multifd_channels, machine_.options().uuid.value_or(std::array<std::uint8_t, 16>{}), open, settings.peer_timeout);
+        const std::array<std::uint8_t, 16> uuid =
+            settings.multifd_uuid ? *settings.multifd_uuid : machine_.options().uuid.value_or(std::array<std::uint8_t, 16>{});
+        return stream.multifd->start(settings.multifd_channels, uuid, open, settings.peer_timeout);
     }
     result<void> open_urgent_channel(const channel_connector& connect, const migration::parameters& settings) {
         result<std::unique_ptr<output_channel>> opened = connect({settings.peer_timeout, stop_token()});
