@@ -73,6 +73,13 @@ public:
         std::unique_lock lock(status_mutex_);
         return changed_.wait_until(lock, deadline, [&] { return done(status_); });
     }
+    /// The same, for at most `patience`; 0 is for as long as it takes.
+    template <class Done>
+    bool wait_for(std::chrono::milliseconds patience, Done done) const {
+        if (patience.count() != 0) return wait_until(clock::now() + patience, done);
+        wait_until(done);
+        return true;
+    }
     /// For whoever waits on something that isn't in the status.
     void wake() const {
         { const std::lock_guard lock(status_mutex_); }

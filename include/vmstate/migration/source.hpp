@@ -590,8 +590,7 @@ private:
         const auto is_told = [&](const migration::status& at) {
             return at.state == state::cancelling || peer_has_spoken_.load() || zero_blocks_told_.load();
         };
-        if (settings.peer_timeout.count() == 0) monitor_.wait_until(is_told);
-        else monitor_.wait_until(clock::now() + settings.peer_timeout, is_told);
+        static_cast<void>(monitor_.wait_for(settings.peer_timeout, is_told));
         const std::lock_guard lock(answer_mutex_);
         for (const std::uint32_t number : zero_blocks_) stream.ram.leave_out_absent(number);
     }
@@ -722,8 +721,7 @@ private:
         const auto has_spoken = [&](const migration::status& at) {
             return at.state == state::cancelling || peer_has_spoken_.load();
         };
-        if (settings.peer_timeout.count() == 0) monitor_.wait_until(has_spoken);
-        else if (!monitor_.wait_until(clock::now() + settings.peer_timeout, has_spoken))
+        if (!monitor_.wait_for(settings.peer_timeout, has_spoken))
             return error(errc::io, {}, "no answer from the destination").within("return path");
         if (!peer_has_spoken_.load()) return error(errc::io, {}, "cancelled");
         const std::lock_guard lock(answer_mutex_);
@@ -924,8 +922,7 @@ private:
         const auto is_over = [&](const migration::status& at) {
             return at.state == state::cancelling || peer_has_spoken_.load() || done();
         };
-        if (patience.count() == 0) monitor_.wait_until(is_over);
-        else if (!monitor_.wait_until(clock::now() + patience, is_over))
+        if (!monitor_.wait_for(patience, is_over))
             return error(errc::io, {}, std::string("no ") + which + " from the destination").within("return path");
         if (done()) return {};
         return check_peer();
