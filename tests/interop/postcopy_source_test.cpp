@@ -291,6 +291,11 @@ TEST_CASE("in postcopy our guest runs on in a QEMU, which asks us for the pages 
     CHECK(message_of(source.start_postcopy()) == "");
     CHECK(message_of(source.start_postcopy()) == "");
     REQUIRE(wait_for([&] { return source.status().state >= state::postcopy_active; }));
+    // Not before it listens for faults: what is touched between a discard and that is there, and can't come any more.
+    REQUIRE(wait_for([&] {
+        const std::string now = destination.migration_status();
+        return now == "postcopy-active" || now == "completed";
+    }));
     // Which of them are there already nobody knows here.
     std::minstd_rand random(3);
     for (int i = 0; i != 200; ++i) destination.touch(ours_at + random() % (memory_size - ours_at - 8));

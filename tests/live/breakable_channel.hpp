@@ -53,6 +53,9 @@ public:
     }
     result<void> close() override { return inner_->close(); }
     void shutdown() noexcept override { inner_->shutdown(); }
+    void end_output() noexcept override { inner_->end_output(); }
+    bool is_ended() noexcept override { return inner_->is_ended(); }
+    void limit_unsent(std::size_t bytes) noexcept override { inner_->limit_unsent(bytes); }
     bool set_timeout(std::chrono::milliseconds timeout) noexcept override { return inner_->set_timeout(timeout); }
     result<std::unique_ptr<duplex_channel>> get_return_path() override {
         result<std::unique_ptr<duplex_channel>> back = inner_->get_return_path();

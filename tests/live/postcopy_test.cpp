@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: BSL-1.0
 // Postcopy between a source and a destination of ours: the guest checks every page that it touches, before, during and
-// after, and every one has what was written into it last; also when the connection breaks again and again.
+// after, and every one has what was written into it last; also when the connection breaks, wherever, again and again, and
+// when the guest comes and goes a hundred times. And what the destination counts of it.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -21,7 +28,11 @@
 #include <vmstate/postcopy/support.hpp>
 #include <vmstate/ram/marked_log.hpp>
 
+#include "footprint.hpp"
+#include "switchboard.hpp"
+
 #include <support/catch.hpp>
+#include <support/huge_pages.hpp>
 #include <support/outcome.hpp>
 #include <support/temporary_directory.hpp>
 
@@ -45,10 +56,10 @@ constexpr auto vmstate_card = describe<card>({.name = "card"}, field<&card::touc
 /// A machine whose guest touches pages in random order: each has to hold what the history says.
 class checked_machine {
 public:
-    checked_machine(history& all, bool shared)
-        : memory_(shared ? ram_memory::memfd("guest", pages * page).value() : ram_memory::anonymous(pages * page).value())
-        , log_(pages * page)
-        , history_(all) {
+    /// `vcpus`: each has the pages of which the number leaves the same remainder.
+    checked_machine(history& all, bool shared, unsigned vcpus = 1) : checked_machine(all, memory_of(all, shared), vcpus) {}
+    checked_machine(history& all, ram_memory memory, unsigned vcpus = 1)
+        : memory_(std::move(memory)), log_(all.size() * page), history_(all), vcpus_(vcpus) {
         REQUIRE(state.add_device<vmstate_card>(device));
         REQUIRE(state.add_ram("ram", memory_));
         control.stop = [this]() -> result<void> {
@@ -60,28 +71,36 @@ public:
             start();
             return {};
         };
+        control.vcpu_threads = [this] {
+            make_threads();
+            return ids_;
+        };
         control.dirty_logs.emplace("ram", log_);
     }
     ~checked_machine() { stop(); }
 
     void fill() {
-        for (std::size_t i = 0; i != pages; ++i)
+        for (std::size_t i = 0; i != history_.size(); ++i)
             if (i % 4 != 0) touch(i); // a quarter stays as nobody has touched it
     }
     void start() {
         if (runs_.exchange(true)) return;
-        guest_ = std::thread([this] {
-            std::minstd_rand random(static_cast<unsigned>(device.touched + 1));
-            while (runs_.load()) touch(random() % pages);
-        });
+        make_threads();
+        go_.store(true);
+        go_.notify_all();
     }
     void stop() {
         runs_.store(false);
-        if (guest_.joinable()) guest_.join();
+        go_.store(true);
+        go_.notify_all();
+        for (std::thread& one : guest_) one.join();
+        guest_.clear();
+        go_.store(false);
     }
+    bool runs() const { return runs_.load(); }
     /// Pages that are not what they should be, all of them looked at.
     std::size_t count_wrong() {
-        for (std::size_t i = 0; i != pages; ++i) check(i);
+        for (std::size_t i = 0; i != history_.size(); ++i) check(i);
         return wrong;
     }
 
@@ -92,6 +111,25 @@ public:
     std::atomic<int> starts = 0;
 
 private:
+    static ram_memory memory_of(const history& all, bool shared) {
+        return shared ? ram_memory::memfd("guest", all.size() * page).value() : ram_memory::anonymous(all.size() * page).value();
+    }
+    /// They wait until the guest is started.
+    void make_threads() {
+        if (!guest_.empty()) return;
+        ids_.assign(vcpus_, 0);
+        std::atomic<unsigned> made = 0;
+        for (unsigned vcpu = 0; vcpu != vcpus_; ++vcpu)
+            guest_.emplace_back([this, vcpu, &made] {
+                ids_[vcpu] = static_cast<std::uint32_t>(::syscall(SYS_gettid));
+                made.fetch_add(1);
+                go_.wait(false);
+                std::minstd_rand random(static_cast<unsigned>(device_touched().load() + vcpu + 1));
+                while (runs_.load()) touch(random() % (history_.size() / vcpus_) * vcpus_ + vcpu);
+            });
+        while (made.load() != vcpus_) std::this_thread::yield();
+    }
+    std::atomic_ref<std::uint64_t> device_touched() { return std::atomic_ref<std::uint64_t>(device.touched); }
     // Read by the migration while it is written, and sent again: a race by design.
     [[gnu::no_sanitize_thread, gnu::noinline]] void check(std::size_t index) {
         const auto* const first = reinterpret_cast<const volatile std::uint64_t*>(memory_.span().data() + index * page);
@@ -108,15 +146,28 @@ private:
         ++history_[index];
         write(index);
         log_.mark(index * page, page);
-        ++device.touched;
+        device_touched().fetch_add(1);
     }
 
     ram_memory memory_;
     marked_log log_;
     history& history_;
+    const unsigned vcpus_;
     std::atomic<bool> runs_ = false;
-    std::thread guest_;
+    std::atomic<bool> go_ = false; ///< the threads need not wait
+    std::vector<std::uint32_t> ids_;
+    std::vector<std::thread> guest_;
 };
+
+bool can_postcopy() {
+    history nothing(1);
+    checked_machine any(nothing, false);
+    const result<void> can = check_postcopy_support(*any.state.ram());
+    if (!can) skip(can.error().message());
+    return static_cast<bool>(can);
+}
+
+bool is_soak() { return std::getenv("VMSTATE_SOAK") != nullptr; }
 
 bool wait_for(auto done) {
     for (int i = 0; i != 30'000 && !done(); ++i) std::this_thread::sleep_for(1ms);
@@ -126,11 +177,7 @@ bool wait_for(auto done) {
 } // namespace
 
 TEST_CASE("a guest goes on at the destination while its memory comes, and finds every page as it left it") {
-    {
-        history nothing(pages);
-        checked_machine any(nothing, false);
-        if (const result<void> can = check_postcopy_support(*any.state.ram()); !can) return skip(can.error().message());
-    }
+    if (!can_postcopy()) return;
     const bool shared = GENERATE(false, true);
     const bool preempt = GENERATE(false, true);
     const bool tcp = GENERATE(false, true);
@@ -175,16 +222,16 @@ TEST_CASE("a guest goes on at the destination while its memory comes, and finds 
 }
 
 TEST_CASE("a connection that breaks in postcopy costs the guest no page, however often") {
+    if (!can_postcopy()) return;
     const bool preempt = GENERATE(false, true);
     const bool at_source = GENERATE(false, true);
     CAPTURE(preempt, at_source);
-    const int breaks = std::getenv("VMSTATE_SOAK") != nullptr ? 50 : 4; // each
+    const int breaks = is_soak() ? 50 : 4; // each
     const temporary_directory directory;
     const auto address = [&](int number) { return "unix:" + (directory / std::to_string(number)).string(); };
     history all(pages);
     checked_machine from(all, false);
     checked_machine to(all, false);
-    if (const result<void> can = check_postcopy_support(*to.state.ram()); !can) return skip(can.error().message());
     from.fill();
     from.start();
     migration::parameters settings{.postcopy_ram = true, .postcopy_preempt = preempt, .max_postcopy_bandwidth = 8u << 20};
@@ -223,5 +270,272 @@ TEST_CASE("a connection that breaks in postcopy costs the guest no page, however
     to.stop();
     CHECK(to.starts == 1);
     CHECK(from.wrong == 0);
+    CHECK(to.count_wrong() == 0);
+}
+
+namespace {
+
+bool is_paused(const auto& side) { return side.status().state == migration::state::postcopy_paused; }
+
+/// What happens to a connection: told when the postcopy begins or, of a later one, before it does.
+using deed = std::function<void(switchboard&)>;
+
+struct outcome {
+    result<void> left = error(errc::io);
+    result<void> arrived = error(errc::io);
+    std::size_t pauses = 0;
+    std::uint64_t bytes = 0;         ///< that left in postcopy over the main channel, of the last connection
+    std::uint64_t bytes_back = 0;    ///< and came back
+    std::uint64_t bytes_urgent = 0;  ///< over the preempt channel
+    std::string last_pause;          ///< the reason
+};
+/// A postcopy that is recovered as often as it takes; each deed is done to a connection, as long as there are some.
+outcome migrate(checked_machine& from, checked_machine& to, const migration::parameters& settings, const std::vector<deed>& here,
+    const deed& there = {}) {
+    outcome seen;
+    std::deque<switchboard> boards(1);
+    migration::destination destination(to.state, to.control, settings);
+    std::atomic<bool> begun_there = false, begun_here = false;
+    if (there) {
+        destination.observe([&](const migration::status& at) {
+            if (at.state == migration::state::postcopy_active && !begun_there.exchange(true)) there(boards.front());
+        });
+    }
+    std::thread receiving([&, accept = boards.front().acceptor()] { seen.arrived = destination.run(accept); });
+    migration::source source(from.state, from.control, settings);
+    std::size_t before = 0, before_back = 0;
+    source.observe([&](const migration::status& at) {
+        if (at.state != migration::state::postcopy_active || begun_here.exchange(true)) return;
+        before = boards.front().written(0);
+        before_back = boards.front().read_back(0);
+        if (!here.empty()) here.front()(boards.front());
+    });
+    const result<void> started = source.start(boards.front().connector());
+    if (started) (void)source.start_postcopy();
+    for (;;) {
+        const auto both_paused = [&] {
+            return is_paused(source) && is_paused(destination) && destination.status().postcopy.interruptions == boards.size();
+        };
+        const bool settled = wait_for([&] { return is_final(source.status().state) || is_final(destination.status().state) || both_paused(); });
+        if (!settled || !both_paused()) break;
+        ++seen.pauses;
+        seen.last_pause = source.status().error_desc.message();
+        switchboard& next = boards.emplace_back();
+        if (boards.size() <= here.size()) here[boards.size() - 1](next);
+        if (!destination.recover(next.acceptor()) || !source.recover(next.connector())) break;
+    }
+    // A destination that has everything may not have been able to say so; one that hasn't waits for ever.
+    if (!wait_for([&] { return is_final(source.status().state) || is_paused(source); }) || !is_final(source.status().state)) (void)source.give_up();
+    seen.left = source.wait();
+    if (!seen.left && !is_final(destination.status().state)) {
+        destination.cancel();
+        destination.give_up();
+    }
+    receiving.join();
+    if (here.empty() && boards.size() == 1) {
+        seen.bytes = boards.front().written(0) - before;
+        seen.bytes_back = boards.front().read_back(0) - before_back;
+        seen.bytes_urgent = boards.front().written(1);
+    }
+    return seen;
+}
+
+} // namespace
+
+TEST_CASE("wherever the connection breaks in postcopy, it is recovered and the guest finds every page") {
+    if (!can_postcopy()) return;
+    struct place {
+        const char* what;
+        bool preempt;
+        bool at_source;
+        std::uint64_t outcome::* length;
+        std::size_t channel;
+        bool back;
+    };
+    const place what = GENERATE(place{"the main channel, at the source", false, true, &outcome::bytes, 0, false},
+        place{"the main channel, at the source, beside a preempt channel", true, true, &outcome::bytes, 0, false},
+        place{"the main channel, at the destination", false, false, &outcome::bytes, 0, false},
+        place{"the way back", false, true, &outcome::bytes_back, 0, true},
+        place{"the way back, beside a preempt channel", true, true, &outcome::bytes_back, 0, true},
+        place{"the preempt channel, at the source", true, true, &outcome::bytes_urgent, 1, false},
+        place{"the preempt channel, at the destination", true, false, &outcome::bytes_urgent, 1, false});
+    CAPTURE(what.what);
+    const std::size_t places = is_soak() ? 200 : 30;
+    constexpr std::size_t small = 512; // pages
+    // Or it would be over before it is told to go on in postcopy.
+    const migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true,
+        .postcopy_preempt = what.preempt, .peer_timeout = 20s};
+    const auto run = [&](const std::vector<deed>& here, const deed& there = {}) {
+        history all(small);
+        checked_machine from(all, false);
+        checked_machine to(all, false);
+        from.fill();
+        from.start();
+        const outcome seen = migrate(from, to, settings, here, there);
+        const bool from_runs = from.runs();
+        to.stop();
+        from.stop();
+        INFO(message_of(seen.left) + "; " + message_of(seen.arrived) + "; paused for " + seen.last_pause);
+        if (seen.arrived) {
+            // It may be all there, and the source not have heard of it.
+            if (!seen.left) REQUIRE(what.back);
+            REQUIRE(to.starts == 1);
+            REQUIRE(from.starts == 0);
+            REQUIRE_FALSE(from_runs);
+            REQUIRE(to.count_wrong() == 0);
+            REQUIRE(from.wrong == 0);
+        } else {
+            // Before the destination was told to run the guest.
+            REQUIRE(seen.left.has_error());
+            REQUIRE(to.starts == 0);
+            REQUIRE(from.starts == 1);
+            REQUIRE(from_runs);
+            REQUIRE(from.count_wrong() == 0);
+        }
+        return seen;
+    };
+    const outcome whole = run({});
+    REQUIRE(whole.left);
+    const std::uint64_t length = whole.*what.length;
+    REQUIRE(length != 0);
+    const leak_check leaks;
+    std::size_t broken = 0;
+    for (std::size_t i = 0; i != places; ++i) {
+        // What is asked for differs from time to time: half of the places are at the beginning.
+        const std::size_t bytes = static_cast<std::size_t>(i % 2 == 0 ? length * i / places : i * i / 4);
+        CAPTURE(i, bytes, length);
+        const deed spoil = [&](switchboard& board) {
+            carried_bytes& end = what.at_source ? board.at_source(what.channel) : board.at_destination(what.channel);
+            (what.at_source == what.back ? end.read : end.written) = bytes;
+        };
+        // The recovery breaks, too, somewhere in its handshake: its first try, or the first two.
+        std::vector<deed> more;
+        if (i % 3 != 0) more.emplace_back([&](switchboard& board) { board.at_source(0).written = i; });
+        if (i % 3 == 2) more.emplace_back([&](switchboard& board) { board.at_source(0).read = 3 * i; });
+        std::vector<deed> here{what.at_source ? spoil : deed([](switchboard&) {})};
+        here.insert(here.end(), more.begin(), more.end());
+        const outcome seen = run(here, what.at_source ? deed() : spoil);
+        if (seen.pauses != 0) ++broken;
+    }
+    CHECK(broken > places / 3);
+    leaks.check(places);
+}
+
+TEST_CASE("a guest that goes back and forth in postcopy finds every page each time") {
+    if (!can_postcopy()) return;
+    const int times = is_soak() ? 100 : 8;
+    history all(2048);
+    checked_machine here(all, false);
+    checked_machine there(all, true);
+    here.fill();
+    here.start();
+    std::optional<leak_check> leaks;
+    for (int i = 0; i != times; ++i) {
+        CAPTURE(i);
+        if (i == 2) leaks.emplace();
+        checked_machine& from = i % 2 == 0 ? here : there;
+        checked_machine& to = i % 2 == 0 ? there : here;
+        const outcome seen = migrate(from, to, {.downtime_limit = 0ms, .max_bandwidth = 8 << 20, .postcopy_ram = true,
+            .postcopy_preempt = i % 4 < 2, .release_ram = i % 3 == 1}, {});
+        REQUIRE(message_of(seen.left) == "");
+        REQUIRE(message_of(seen.arrived) == "");
+        REQUIRE(seen.bytes != 0);
+        REQUIRE(to.starts == i / 2 + 1);
+        REQUIRE_FALSE(from.runs());
+        to.stop();
+        REQUIRE(to.count_wrong() == 0);
+        REQUIRE(from.wrong == 0);
+        to.start();
+    }
+    leaks->check(static_cast<std::size_t>(times));
+}
+
+TEST_CASE("what the guest waited for is counted, by how long it was and by whom") {
+    if (!can_postcopy()) return;
+    const bool preempt = GENERATE(false, true);
+    CAPTURE(preempt);
+    constexpr unsigned vcpus = 2;
+    history all(4096);
+    checked_machine from(all, false, vcpus);
+    checked_machine to(all, false, vcpus);
+    from.fill();
+    from.start();
+    // So that they touch more than comes by itself.
+    const migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true,
+        .postcopy_preempt = preempt, .max_postcopy_bandwidth = 64 << 20};
+    switchboard lines;
+    migration::destination destination(to.state, to.control, settings);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(lines.acceptor()); });
+    migration::source source(from.state, from.control, settings);
+    REQUIRE(source.start(lines.connector()));
+    REQUIRE(source.start_postcopy());
+    CHECK(message_of(source.wait()) == "");
+    receiving.join();
+    REQUIRE(message_of(arrived) == "");
+    to.stop();
+    CHECK(to.count_wrong() == 0);
+    const migration::postcopy_status status = destination.status().postcopy;
+    CHECK(status.state == postcopy_state::end);
+    CHECK(status.requests > 0);
+    CHECK(status.requests == source.status().ram.postcopy_requests);
+    CHECK(status.waiting == 0);
+    CHECK(status.interruptions == 0);
+    const postcopy_fault_status& faults = status.faults;
+    CHECK(faults.faults >= status.requests); // two may wait for one page
+    CHECK(std::accumulate(faults.latencies.begin(), faults.latencies.end(), std::uint64_t{0}) == faults.faults - faults.already_received);
+    CHECK(faults.latency_max > 0ns);
+    CHECK(faults.latency_total >= faults.latency_max);
+    if (faults.threads.empty()) return skip("this kernel doesn't tell which thread waits for a page");
+    REQUIRE(faults.threads.size() == vcpus);
+    std::uint64_t of_threads = 0;
+    std::chrono::nanoseconds blocked{0};
+    for (const postcopy_thread_status& one : faults.threads) {
+        CHECK(one.is_vcpu);
+        CHECK(one.faults > 0);
+        CHECK(one.blocked > 0ns);
+        CHECK(one.blocked >= faults.blocktime);
+        of_threads += one.faults;
+        blocked += one.blocked;
+    }
+    CHECK(of_threads == faults.faults);
+    CHECK(blocked >= faults.latency_total);
+    CHECK(faults.blocktime > 0ns); // with so many faults both of them stood still at some time
+}
+
+TEST_CASE("memory of pages of 1 GiB goes in postcopy, by whole pages") {
+    if (!can_postcopy()) return;
+    constexpr std::uint64_t giant = std::uint64_t{1} << 30;
+    const huge_pages reserved(1, giant);
+    auto memory = ram_memory::memfd("guest", giant, giant);
+    if (!reserved.enough() || !memory) return skip("no huge page of 1 GiB to be had");
+    history all(giant / page);
+    auto at_source = ram_memory::anonymous(giant);
+    REQUIRE(message_of(at_source) == "");
+    // Of a source the memory is what it is; its page size is what it says.
+    machine from{{.name = "checked"}};
+    card device;
+    REQUIRE(from.add_device<vmstate_card>(device));
+    REQUIRE(from.add_ram("ram", at_source->span(), {.host_page_size = giant}));
+    checked_machine to(all, std::move(*memory));
+    // Few pages have something in them, the last one, too.
+    for (std::size_t i = 511; i < all.size(); i += 512) {
+        all[i] = i + 1;
+        auto* const first = reinterpret_cast<std::uint64_t*>(at_source->span().data() + i * page);
+        first[0] = first[page / 8 - 1] = all[i];
+    }
+    const migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .postcopy_preempt = true};
+    migration::guest standing;
+    switchboard lines;
+    migration::destination destination(to.state, to.control, settings);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(lines.acceptor()); });
+    migration::source source(from, standing, settings);
+    REQUIRE(source.start(lines.connector()));
+    REQUIRE(source.start_postcopy());
+    CHECK(message_of(source.wait()) == "");
+    receiving.join();
+    REQUIRE(message_of(arrived) == "");
+    to.stop();
     CHECK(to.count_wrong() == 0);
 }

@@ -7,6 +7,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -62,6 +63,8 @@ private:
         ram_block* block = nullptr; // none
         std::uint64_t start = 0;
         page_bitmap filled;    // target pages that came
+        std::size_t count = 0; // of them: a host page may have a quarter of a million
+        std::size_t end = 0;   // behind the last of them
         bool all_zero = true;  // so far; then `memory` holds nothing yet
         detail::scratch_memory memory;
 
@@ -96,7 +99,7 @@ private:
             current_.block = nullptr;
             return added;
         }
-        if (current_.filled.count() != current_.filled.size()) return {};
+        if (current_.count != current_.filled.size()) return {};
         current_.block = nullptr;
         return current_.all_zero ? placer_.place_zero(block, start)
                                  : placer_.place(block, start, current_.memory.span().data());
@@ -125,11 +128,7 @@ private:
     }
     /// The target page that follows those that came.
     std::uint64_t next() const noexcept {
-        std::size_t page = 0;
-        for (page_run run = current_.filled.find_next_run(0); run.count != 0;
-             run = current_.filled.find_next_run(run.first + run.count))
-            page = run.first + run.count;
-        return current_.start + page * std::uint64_t{page_size_};
+        return current_.start + current_.end * std::uint64_t{page_size_};
     }
 
     result<void> begin(ram_block& block, std::uint64_t start) {
@@ -143,6 +142,7 @@ private:
         const std::size_t pages = size / page_size_;
         if (current_.filled.size() == pages) current_.filled.clear_all();
         else current_.filled = page_bitmap(pages);
+        current_.count = current_.end = 0;
         current_.block = &block;
         current_.start = start;
         current_.all_zero = true;
@@ -160,7 +160,9 @@ private:
                  run = current_.filled.find_next_run(run.first + run.count))
                 std::memset(memory + run.first * page_size_, 0, run.count * page_size_);
         }
+        if (!current_.filled.test(page)) ++current_.count;
         current_.filled.set(page);
+        current_.end = std::max(current_.end, page + 1);
         if (record.kind == ram_record_kind::page) return in.read(to, page_size_) ? result<void>() : in.failure();
         if (!current_.all_zero) std::memset(to, record.fill, page_size_);
         return {};
