@@ -165,6 +165,8 @@ TEST_CASE("a guest isn't stopped before the destination has said that it is read
     REQUIRE(from.add_ram("ram", here));
     REQUIRE(to.add_ram("ram", there));
     const bool acks = GENERATE(true, false);
+    const bool patient = GENERATE(true, false);
+    CAPTURE(acks, patient);
     int ends[2];
     REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
     migration::guest guest;
@@ -176,9 +178,9 @@ TEST_CASE("a guest isn't stopped before the destination has said that it is read
     std::thread receiving([&] {
         arrived = destination.run(std::unique_ptr<input_channel>(std::make_unique<socket_channel>(unique_fd(ends[1]))));
     });
-    migration::source source(from, guest, {.switchover_ack = true});
+    migration::source source(from, guest, {.switchover_ack = true, .peer_timeout = std::chrono::milliseconds(patient ? 60'000 : 300)});
     REQUIRE(source.start(std::unique_ptr<output_channel>(std::make_unique<socket_channel>(unique_fd(ends[0])))));
-    if (!acks) {
+    if (!acks && patient) {
         // It goes on asking the logs: the guest runs, and what it writes is sent.
         while (source.status().ram.dirty_sync_count < 4) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         CHECK(source.status().state == migration::state::active);
@@ -188,5 +190,9 @@ TEST_CASE("a guest isn't stopped before the destination has said that it is read
     receiving.join();
     INFO((left ? "" : left.error().message()) + "; " + (arrived ? "" : arrived.error().message()));
     CHECK(left.has_value() == acks);
+    if (!acks && !patient) {
+        CHECK(source.status().state == migration::state::failed);
+        CHECK_THAT(left.error().message(), contains("active/return path: input/output error: no SWITCHOVER_ACK from the destination"));
+    }
     CHECK(arrived.has_value() == acks);
 }

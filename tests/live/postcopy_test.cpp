@@ -385,7 +385,7 @@ TEST_CASE("wherever the connection breaks in postcopy, it is recovered and the g
             REQUIRE(to.count_wrong() == 0);
             REQUIRE(from.wrong == 0);
         } else {
-            // Before the destination was told to run the guest.
+            // Before the destination has loaded the devices, of which it would have told.
             REQUIRE(seen.left.has_error());
             REQUIRE(to.starts == 0);
             REQUIRE(from.starts == 1);
@@ -503,7 +503,8 @@ TEST_CASE("what the guest waited for is counted, by how long it was and by whom"
     CHECK(faults.blocktime > 0ns); // with so many faults both of them stood still at some time
 }
 
-TEST_CASE("memory of pages of 1 GiB goes in postcopy, by whole pages") {
+// Where such a page has to be made first, which takes a while: see CMakeLists.txt.
+TEST_CASE("memory of pages of 1 GiB goes in postcopy, by whole pages", "[.giant]") {
     if (!can_postcopy()) return;
     constexpr std::uint64_t giant = std::uint64_t{1} << 30;
     const huge_pages reserved(1, giant);

@@ -234,21 +234,12 @@ private:
 
     result<void> run_with(const channel_acceptor& accept, bool several_channels) {
         if (result<void> fit = check(settings_, several_channels); !fit) return fit;
-        if (result<void> fit = check_postcopy(several_channels); !fit) return fit;
         if (inside_.exchange(true))
             return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
         result<void> done = run_inside(accept);
         // Under the monitor's lock: the destructor is over as soon as it sees this.
         monitor_.leave(inside_);
         return done;
-    }
-    result<void> check_postcopy(bool several_channels) const {
-        if (settings_.postcopy_preempt && !settings_.postcopy_ram)
-            return error(errc::invalid_argument, "postcopy_ram with postcopy_preempt", "it off");
-        if (settings_.postcopy_preempt && !several_channels)
-            return error(errc::invalid_argument, "tcp:, unix:, or a way to accept another channel for postcopy_preempt", "one channel");
-        if (settings_.postcopy_ram && settings_.multifd) return error(errc::invalid_argument, "multifd or postcopy_ram", "both");
-        return {};
     }
 
     result<void> run_inside(const channel_acceptor& accept) {
@@ -388,11 +379,14 @@ private:
             loaded = refuse_multifd();
         }
         if (postcopy && postcopy->is_listening()) {
+            // A source that hears that the devices could not be loaded lets its own guest go on: while there is a way to say so.
+            if (!loaded) static_cast<void>(back.shut(false));
             result<void> done = loaded ? run_in_postcopy(*postcopy, main, way_back) : fail_before_run(*postcopy, loaded.error());
+            if (loaded && !done) static_cast<void>(back.shut(false));
             // No thread of its may be left when the reader goes.
             postcopy->release();
             update_ram(postcopy->bytes(), 0);
-            static_cast<void>(back.shut(done.has_value()));
+            if (done) static_cast<void>(back.shut(true));
             if (done) monitor_.enter(state::completed);
             return done;
         }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include <vmstate/ram/multifd_compression.hpp>
 
@@ -79,12 +80,21 @@ struct parameters {
 
 /// Whether they go together. `several_channels`: the peer can be reached more than once.
 inline result<void> check(const parameters& settings, bool several_channels) {
-    if (!settings.multifd) return {};
-    if (settings.xbzrle) return error(errc::invalid_argument, "multifd or xbzrle", "both");
-    if (settings.multifd_channels < 1 || settings.multifd_channels > 255)
-        return error(errc::invalid_argument, "1 to 255 multifd channels", std::to_string(settings.multifd_channels));
-    if (!several_channels)
-        return error(errc::invalid_argument, "tcp:, unix:, or a way to open more channels for multifd", "one channel");
+    const auto refuse = [](std::string expected, std::string found) {
+        return error(errc::invalid_argument, std::move(expected), std::move(found));
+    };
+    if (settings.multifd) {
+        if (settings.xbzrle) return refuse("multifd or xbzrle", "both");
+        if (settings.postcopy_ram) return refuse("multifd or postcopy_ram", "both");
+        if (settings.multifd_channels < 1 || settings.multifd_channels > 255)
+            return refuse("1 to 255 multifd channels", std::to_string(settings.multifd_channels));
+        if (!several_channels) return refuse("tcp:, unix:, or a way to have more channels for multifd", "one channel");
+    }
+    if (settings.postcopy_ram && !settings.return_path) return refuse("return_path with postcopy_ram", "none");
+    if (settings.postcopy_preempt) {
+        if (!settings.postcopy_ram) return refuse("postcopy_ram with postcopy_preempt", "none");
+        if (!several_channels) return refuse("tcp:, unix:, or a way to have another channel for postcopy_preempt", "one channel");
+    }
     return {};
 }
 

@@ -39,6 +39,9 @@ namespace vmstate::migration {
 /// The value of the PINGs behind which a destination has all that the main channel has brought before.
 inline constexpr std::uint32_t ping_what_has_arrived = 0x766d7221; // "vmr!"
 
+/// The value of the PING behind the devices in a package: when it is answered they are loaded, and RUN follows.
+inline constexpr std::uint32_t ping_loaded = 3;
+
 /// What went out in postcopy, on all channels of all connections.
 struct postcopy_counts {
     std::uint64_t requests = 0;  ///< that came
@@ -68,6 +71,9 @@ public:
     postcopy_counts counts() const {
         return {queue_.requests() + urgent_requests_.load(), bytes_.load(), normal_.load(), duplicate_.load()};
     }
+
+    /// Whether the destination is known to have loaded the devices: from then on its guest may run. Any thread may ask.
+    bool is_loaded() const noexcept { return loaded_.load(); }
 
     // ---- the migration thread
 
@@ -210,6 +216,7 @@ public:
         received_[number] = std::move(*received);
         asked_[number] = false;
         --unanswered_;
+        loaded_.store(true); // it has come to a pause, which it can't before it runs
         return {};
     }
     result<void> take_resume_ack(std::uint32_t value) {
@@ -222,6 +229,7 @@ public:
     }
     void take_pong(std::uint32_t value) {
         if (value == ping_what_has_arrived) ++acknowledged_;
+        if (value == ping_loaded) loaded_.store(true);
     }
 
 private:
@@ -370,6 +378,7 @@ private:
         unacknowledged_.push_back(std::exchange(sent_, {}));
     }
     void release_acknowledged() {
+        if (!is_loaded()) return; // the guest may yet go on here
         for (std::uint64_t count = acknowledged_.exchange(0); count != 0 && !unacknowledged_.empty(); --count) {
             for (const page_claim& claim : unacknowledged_.front()) {
                 const ram_block& block = pages_.block(claim.number);
@@ -389,6 +398,7 @@ private:
     const bool release_;
     const section* entry_ = nullptr; ///< the machine's RAM
     page_request_queue queue_;       ///< without an urgent channel, and before requests are served
+    std::atomic<bool> loaded_ = false;
     std::atomic<std::uint64_t> urgent_requests_ = 0;
     std::atomic<std::uint64_t> bytes_ = 0;
     std::atomic<std::uint64_t> normal_ = 0;

@@ -179,7 +179,9 @@ public:
         return {};
     }
     /// Ends a migration in `postcopy-paused`, or one that tries to recover, as failed. The guest at the destination never
-    /// gets the rest of its memory, and the one here has not its latest: neither is of use.
+    /// gets the rest of its memory, and the one here has not its latest: neither is of use. But where the connection broke
+    /// before the destination has said that the devices are loaded, its guest most likely never ran, and this one goes on:
+    /// make sure first that the destination is gone, or the guest may have run there for a moment.
     result<void> give_up() {
         const state at = monitor_.now();
         if (at != state::postcopy_paused && at != state::postcopy_recover)
@@ -241,7 +243,7 @@ private:
     result<void> check_all(bool several_channels) {
         if (result<void> fit = machine_.check(); !fit) return fit;
         if (result<void> fit = check(parameters(), several_channels); !fit) return fit;
-        return check_postcopy(parameters(), several_channels);
+        return parameters().postcopy_ram ? check_postcopy_memory(machine_) : result<void>();
     }
     result<void> begin(channel_connector connect) {
         may_switch_.store(false);
@@ -257,6 +259,7 @@ private:
         zero_blocks_told_ = switchover_acked_ = false;
         pages_before_window_ = sent_before_sync_ = 0;
         outrun_ = throttled_ = 0;
+        ready_since_.reset();
         stopped_at_.reset();
         monitor_.enter(state::setup);
         {
@@ -274,18 +277,6 @@ private:
         });
         if (!started) finish(started);
         return started;
-    }
-    result<void> check_postcopy(const migration::parameters& settings, bool several_channels) const {
-        const auto refuse = [](std::string expected, std::string found) {
-            return error(errc::invalid_argument, std::move(expected), std::move(found));
-        };
-        if (settings.postcopy_preempt && !settings.postcopy_ram) return refuse("postcopy_ram with postcopy_preempt", "none");
-        if (!settings.postcopy_ram) return {};
-        if (settings.multifd) return refuse("multifd or postcopy_ram", "both");
-        if (!settings.return_path) return refuse("return_path with postcopy_ram", "none");
-        if (settings.postcopy_preempt && !several_channels)
-            return refuse("tcp:, unix:, or a way to open more channels for postcopy_preempt", "one channel");
-        return check_postcopy_memory(machine_);
     }
     void join() {
         const std::lock_guard lock(thread_mutex_);
@@ -542,6 +533,8 @@ private:
                 return {};
             }
             const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
+            if (!may_switch)
+                if (result<void> patient = await_switchover_ack(stream, settings); !patient) return patient;
             if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream, settings)) {
                 leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
                 if (result<void> fine = check_peer(); !fine) return fine;
@@ -558,6 +551,12 @@ private:
             }
             account(stream);
         }
+    }
+    /// Nothing but the destination's SWITCHOVER_ACK keeps the guest from being stopped: not for longer than a peer may take.
+    result<void> await_switchover_ack(const outgoing& stream, const migration::parameters& settings) {
+        if (!ready_since_ && stream.ram.remaining_on_wire() <= affordable(stream, settings)) ready_since_ = clock::now();
+        if (!ready_since_ || settings.peer_timeout.count() == 0 || clock::now() - *ready_since_ < settings.peer_timeout) return {};
+        return error(errc::io, {}, "no SWITCHOVER_ACK from the destination").within("return path");
     }
     /// What could be sent in the time that the guest may stand still.
     std::uint64_t affordable(const outgoing& stream, const migration::parameters& settings) const {
@@ -802,7 +801,9 @@ private:
             const bool was_active = monitor_.now() == state::postcopy_active;
             disconnect(channel);
             error why = explain_pause(done.error());
-            // It asks for what can't be, or has said that it is over: nothing to recover.
+            // It asks for what can't be, or has said that it is over: nothing to recover. What it could not load it can't
+            // have run.
+            if (was_active && peer_has_refused_.load()) take_guest_back();
             if (was_active && (peer_has_refused_.load() || why == errc::bad_command || why == errc::bad_ram)) return why;
             monitor_.update([&](migration::status& at) {
                 count_postcopy(at);
@@ -810,11 +811,17 @@ private:
             });
             monitor_.enter(state::postcopy_paused);
             std::optional<channel_connector> connect = await_recovery();
+            if (!connect) take_guest_back();
             if (!connect) return why;
             done = recover_over(channel, *connect);
             if (done) done = serve_destination();
         }
         return {};
+    }
+    /// Its memory and devices are as they were when it stopped: what fails now lets it go on here, unless the destination
+    /// is known to have come as far as to run it.
+    void take_guest_back() {
+        if (!postcopy_->is_loaded()) stopped_at_ = stopped_for_postcopy_;
     }
     result<void> serve_destination() {
         const auto fine = [&]() -> result<void> {
@@ -1046,8 +1053,6 @@ private:
         return error(errc::bad_command, "no end before the stream's", "SHUT").within("return path");
     }
 
-    /// The value of the PING behind the devices in a package: when it is answered they are loaded.
-    static constexpr std::uint32_t ping_loaded = 3;
     /// The same of the one behind the setup, which no QEMU sends: the destination has taken it.
     static constexpr std::uint32_t ping_setup = 0x766d7321; // "vms!"
 
@@ -1099,6 +1104,7 @@ private:
     unsigned throttled_ = 0;
     bandwidth_meter meter_;
     clock::time_point last_sync_{};
+    std::optional<clock::time_point> ready_since_; ///< but for the destination's SWITCHOVER_ACK
     std::optional<clock::time_point> stopped_at_;
 };
 
