@@ -29,6 +29,7 @@
 #include <vmstate/ram/marked_log.hpp>
 
 #include "footprint.hpp"
+#include "peer_process.hpp"
 #include "switchboard.hpp"
 
 #include <support/catch.hpp>
@@ -42,16 +43,20 @@ using namespace std::chrono_literals;
 
 namespace {
 
-constexpr std::size_t page = 4096;
 constexpr std::size_t pages = 8192; // 32 MiB
 
 /// How often each page was written, wherever the guest was: what it has to find there.
 using history = std::vector<std::uint64_t>;
 
+struct card;
+result<void> card_loaded(card& loaded);
+
 struct card {
     std::uint64_t touched = 0;
+    std::function<result<void>()> loaded; ///< where it isn't empty
 };
-constexpr auto vmstate_card = describe<card>({.name = "card"}, field<&card::touched>);
+constexpr auto vmstate_card = describe<card>({.name = "card"}, post_load<card_loaded>, field<&card::touched>, transient<&card::loaded>);
+result<void> card_loaded(card& loaded) { return loaded.loaded ? loaded.loaded() : result<void>(); }
 
 /// A machine whose guest touches pages in random order: each has to hold what the history says.
 class checked_machine {
@@ -501,6 +506,120 @@ TEST_CASE("what the guest waited for is counted, by how long it was and by whom"
     CHECK(of_threads == faults.faults);
     CHECK(blocked >= faults.latency_total);
     CHECK(faults.blocktime > 0ns); // with so many faults both of them stood still at some time
+}
+
+namespace {
+
+/// A guest here, on its way to a destination in a process of its own that is killed when it says so.
+struct killed {
+    migration::state before{}; ///< of the source, when the destination was dead
+    error why;
+    bool runs = false; ///< the guest, here
+    int starts = 0;
+    std::size_t wrong = 0;
+};
+killed kill_destination(const std::string& when) {
+    const temporary_directory directory;
+    history all(512);
+    checked_machine from(all, false);
+    from.fill();
+    from.start();
+    peer_process there("peer destination in postcopy", {.uri = "unix:" + (directory / "socket").string(), .pages = all.size(), .hold = when});
+    const std::string uri = there.wait_for("uri");
+    migration::source source(from.state, from.control,
+        {.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .max_postcopy_bandwidth = 1 << 20, .peer_timeout = 20s});
+    REQUIRE(source.start(uri));
+    if (when != "active") REQUIRE(source.start_postcopy());
+    there.wait_for("state " + when);
+    there.kill();
+    CHECK(wait_for([&] { return is_final(source.status().state) || is_paused(source); }));
+    killed seen;
+    seen.before = source.status().state;
+    if (is_paused(source)) CHECK(source.give_up());
+    const result<void> left = source.wait();
+    CHECK(left.has_error());
+    CHECK(source.status().state == migration::state::failed);
+    CHECK(source.start_postcopy());
+    if (!left) seen.why = left.error();
+    seen.runs = from.runs();
+    seen.starts = from.starts;
+    from.stop();
+    seen.wrong = from.count_wrong();
+    return seen;
+}
+
+} // namespace
+
+TEST_CASE("peer destination in postcopy", "[.]") {
+    if (peer::told("VMSTATE_PEER_URI").empty()) return;
+    history all(std::stoul(peer::told("VMSTATE_PEER_PAGES")));
+    checked_machine to(all, false);
+    to.device.loaded = []() -> result<void> {
+        if (peer::told("VMSTATE_PEER_HOLD") != "package") return {};
+        peer::say("state package");
+        for (;;) ::pause();
+    };
+    migration::parameters settings;
+    settings.postcopy_ram = true;
+    migration::destination destination(to.state, to.control, settings);
+    destination.observe(peer::reporter());
+    REQUIRE(destination.listen(peer::told("VMSTATE_PEER_URI")));
+    peer::say("uri " + destination.uri());
+    static_cast<void>(destination.run());
+}
+
+TEST_CASE("the destination's process is killed before the guest runs there: it goes on here, with every page") {
+    if (!can_postcopy()) return;
+    static_cast<void>(kill_destination("active"));
+    const leak_check leaks;
+    for (int times = 0; times != 3; ++times) {
+        const killed early = kill_destination("active");
+        CHECK(early.before == migration::state::failed);
+        CHECK(early.why.path().starts_with("active"));
+        CHECK(early.runs);
+        CHECK(early.wrong == 0);
+        // While it loads the devices. That it is gone for good is for others to know.
+        const killed loading = kill_destination("package");
+        CHECK(loading.before == migration::state::postcopy_paused);
+        CHECK(loading.why.path().starts_with("postcopy-active"));
+        CHECK(loading.runs);
+        CHECK(loading.starts == 1);
+        CHECK(loading.wrong == 0);
+        // When it runs there, what it has done there is lost; it isn't started here.
+        const killed late = kill_destination("postcopy-active");
+        CHECK(late.before == migration::state::postcopy_paused);
+        CHECK_FALSE(late.runs);
+        CHECK(late.starts == 0);
+    }
+    leaks.check(9);
+}
+
+TEST_CASE("a destination that can't load the devices says so, and the guest goes on here") {
+    if (!can_postcopy()) return;
+    const bool preempt = GENERATE(false, true);
+    CAPTURE(preempt);
+    history all(512);
+    checked_machine from(all, false);
+    checked_machine to(all, false);
+    to.device.loaded = []() -> result<void> { return error(errc::hook_failed, "a card", "another"); };
+    from.fill();
+    const leak_check leaks;
+    for (int times = 0; times != 4; ++times) {
+        from.start();
+        const int starts = from.starts;
+        const outcome seen = migrate(from, to,
+            {.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .postcopy_preempt = preempt, .release_ram = true}, {});
+        const bool runs = from.runs();
+        from.stop();
+        CHECK(seen.pauses == 0);
+        CHECK(message_of(seen.left) == "postcopy-active/return path: input/output error: the destination could not load the stream");
+        CHECK_THAT(message_of(seen.arrived), contains("card"));
+        CHECK(runs);
+        CHECK(from.starts == starts + 1);
+        CHECK(to.starts == 0);
+        CHECK(from.count_wrong() == 0);
+    }
+    leaks.check(4);
 }
 
 // Where such a page has to be made first, which takes a while: see CMakeLists.txt.
