@@ -656,6 +656,33 @@ TEST_CASE("memory of pages of 1 GiB goes in postcopy, by whole pages", "[.giant]
     CHECK(message_of(source.wait()) == "");
     receiving.join();
     REQUIRE(message_of(arrived) == "");
+
+TEST_CASE("a migration that may go on in postcopy, and needn't, ends as any other") {
+    const bool preempt = GENERATE(false, true);
+    const bool tcp = GENERATE(false, true);
+    CAPTURE(preempt, tcp);
+    const temporary_directory directory;
+    history all(pages);
+    checked_machine from(all, false);
+    checked_machine to(all, false);
+    if (const result<void> can = check_postcopy_support(*to.state.ram()); !can) return skip(can.error().message());
+    from.fill(); // and stands still: the first pass is all there is
+    const migration::parameters settings{.postcopy_ram = true, .postcopy_preempt = preempt};
+    migration::destination destination(to.state, to.control, settings);
+    REQUIRE(destination.listen(tcp ? "tcp:127.0.0.1:0" : "unix:" + (directory / "socket").string()));
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(); });
+    migration::source source(from.state, from.control, settings);
+    const result<void> started = source.start(destination.uri());
+    const result<void> left = started ? source.wait() : started;
+    if (!started) destination.cancel();
+    receiving.join();
+    CHECK(message_of(left) == "");
+    CHECK(message_of(arrived) == "");
+    CHECK(source.status().state == migration::state::completed);
+    CHECK(destination.status().state == migration::state::completed);
+    CHECK(to.starts == 1);
+    CHECK(from.starts == 0);
     to.stop();
     CHECK(to.count_wrong() == 0);
 }

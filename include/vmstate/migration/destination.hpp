@@ -393,7 +393,8 @@ private:
         if (postcopy) {
             if (loaded && postcopy->now() == postcopy_state::discard)
                 loaded = error(errc::bad_command, "POSTCOPY_LISTEN after POSTCOPY_RAM_DISCARD", "the end").within("postcopy");
-            postcopy->release();
+            if (loaded) postcopy->finish_in_precopy();
+            else postcopy->release();
         }
         update_ram(in.offset(), pages ? pages->bytes() : 0);
         // It may be gone; that it could not be told is no news then.

@@ -198,6 +198,11 @@ public:
         static_cast<void>(progress_.enter(postcopy_state::end));
         release();
     }
+    /// Everything came by precopy: the main channel stays for the last word.
+    void finish_in_precopy() {
+        end_preempt();
+        release();
+    }
     /// Ends whatever there is: who waits for a page goes on, and finds zeros where none came.
     void release() {
         broken(error(errc::io, {}, "given up"));
