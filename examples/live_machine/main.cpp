@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
@@ -18,22 +17,20 @@
 #include <optional>
 #include <string>
 #include <system_error>
-#include <thread>
 
 #include <CLI/CLI.hpp>
 
-#include <vmstate/migration/destination.hpp>
-#include <vmstate/migration/source.hpp>
+#include <vmstate/postcopy/support.hpp>
 
 #include "events.hpp"
 #include "make_vm.hpp"
+#include "migrations.hpp"
 #include "report.hpp"
 #include "vm.hpp"
 
 namespace {
 
 using live::events;
-using vmstate::migration::status;
 
 constexpr int exit_failed = 1;
 constexpr int exit_usage = 2;
@@ -47,6 +44,7 @@ struct command_line {
     unsigned times = 1;
     std::optional<double> run_for;
     std::uint64_t memory = std::uint64_t{64} << 20;
+    bool huge_pages = false;
     std::string cpu;       // empty: the best that there is here
     std::string dirty_log; // empty: the processor's own
     std::optional<std::uint64_t> work_memory;
@@ -54,7 +52,8 @@ struct command_line {
     std::uint32_t dirty_rate = 1000;
     std::uint32_t tick_interval = 100;
     std::uint32_t downtime_limit = 300;
-    vmstate::migration::parameters parameters;
+    std::string postcopy_after;
+    live::migration_options migration;
     std::string serial;
     bool json = false;
 };
@@ -111,6 +110,12 @@ public:
         : asked_(asked), work_memory_(work_memory), vm_(vm), events_(all), report_(said) {}
 
     int run() {
+        // Said now, not when the guest comes.
+        if (asked_.migration.parameters.postcopy_ram && !asked_.listen_uri.empty())
+            if (const vmstate::result<void> can = vmstate::check_postcopy_support(*vm_.machine().ram()); !can) {
+                complain("postcopy", can.error());
+                return exit_failed;
+            }
         if (asked_.incoming) {
             if (!prepare_to_receive()) return exit_failed;
             if (!receive()) return exit_failed;
@@ -137,8 +142,8 @@ public:
             const bool returns = !asked_.listen_uri.empty() && (!asked_.incoming || times_left != 0);
             if (returns && !prepare_to_receive()) return exit_failed;
             if (!send()) {
-                // The guest is here, or has halted; that the program was asked for something else doesn't change that.
-                static_cast<void>(run_guest(run_for()));
+                // A guest that is here, or has halted; that the program was asked for something else doesn't change that.
+                if (vm_.is_running()) static_cast<void>(run_guest(run_for()));
                 return exit_failed;
             }
             if (!returns) return EXIT_SUCCESS;
@@ -171,58 +176,31 @@ private:
     }
 
     bool send() {
-        vmstate::migration::source source(vm_.machine(), vm_.guest(), asked_.parameters);
-        source.observe([&](const status& at) {
-            report_.progress(at);
-            if (is_final(at.state)) events_.tell();
-        });
-        if (const vmstate::result<void> started = source.start(asked_.migrate_uri); !started)
-            return complain(asked_.migrate_uri, started.error());
-        while (!is_final(source.status().state))
-            if (events_.wait() == events::what::interrupted) {
-                source.cancel();
-                break;
-            }
-        if (const vmstate::result<void> moved = source.wait(); !moved) {
+        live::outbound leaving(vm_, asked_.migration, events_, report_);
+        if (const vmstate::result<void> moved = leaving.send(asked_.migrate_uri); !moved) {
             complain(asked_.migrate_uri, moved.error());
-            if (vm_.why_halted().empty()) report_.guest_runs_on();
+            if (vm_.is_running() && vm_.why_halted().empty()) report_.guest_runs_on();
             return false;
         }
         // It has gone as it is, and halts over there as well.
         if (!vm_.why_halted().empty()) return false;
-        report_.left(source.status());
+        report_.left(leaving.status());
         return true;
     }
 
     bool prepare_to_receive() {
-        destination_ = std::make_unique<vmstate::migration::destination>(vm_.machine(), vm_.guest(), asked_.parameters);
-        if (!is_socket(asked_.listen_uri)) return true;
-        if (const vmstate::result<void> listening = destination_->listen(asked_.listen_uri); !listening)
-            return complain(asked_.listen_uri, listening.error());
-        report_.waiting(destination_->uri());
-        return true;
+        coming_ = std::make_unique<live::inbound>(vm_, asked_.migration, events_, report_);
+        const vmstate::result<void> listening = coming_->prepare(asked_.listen_uri);
+        return listening || complain(asked_.listen_uri, listening.error());
     }
     bool receive() {
-        vmstate::result<void> arrived;
-        std::atomic<bool> is_over = false;
-        std::thread receiving([&] {
-            arrived = is_socket(asked_.listen_uri) ? destination_->run() : destination_->run(asked_.listen_uri);
-            is_over.store(true);
-            events_.tell();
-        });
-        while (!is_over.load())
-            if (events_.wait() == events::what::interrupted) {
-                destination_->cancel();
-                break;
-            }
-        receiving.join();
-        if (!arrived) return complain(asked_.listen_uri, arrived.error());
-        report_.arrived(destination_->status());
-        destination_.reset();
+        if (const vmstate::result<void> arrived = coming_->receive(); !arrived)
+            return complain(asked_.listen_uri, arrived.error());
+        report_.arrived(coming_->status());
+        coming_.reset();
         return true;
     }
 
-    static bool is_socket(const std::string& uri) { return uri.starts_with("unix:") || uri.starts_with("tcp:"); }
     bool complain(const std::string& what, const vmstate::error& failure) {
         report_.failed(what, failure.message());
         return false;
@@ -233,7 +211,7 @@ private:
     live::vm& vm_;
     const events& events_;
     live::report& report_;
-    std::unique_ptr<vmstate::migration::destination> destination_;
+    std::unique_ptr<live::inbound> coming_;
 };
 
 int run(command_line asked) {
@@ -242,7 +220,12 @@ int run(command_line asked) {
     ::signal(SIGPIPE, SIG_IGN);
     live::report said(asked.json, ::isatty(STDERR_FILENO) == 1);
 
-    asked.parameters.downtime_limit = std::chrono::milliseconds(asked.downtime_limit);
+    vmstate::migration::parameters& parameters = asked.migration.parameters;
+    parameters.downtime_limit = std::chrono::milliseconds(asked.downtime_limit);
+    if (!asked.postcopy_after.empty()) asked.migration.postcopy_after = live::postcopy_start::parse(asked.postcopy_after);
+    if (!asked.postcopy_after.empty() || parameters.postcopy_preempt || parameters.max_postcopy_bandwidth != 0 ||
+        !asked.migration.recover_uri.empty())
+        parameters.postcopy_ram = true;
     vmstate::unique_fd serial(asked.serial.empty()
                                   ? ::dup(STDOUT_FILENO)
                                   : ::open(asked.serial.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
@@ -254,6 +237,7 @@ int run(command_line asked) {
     const bool is_kvm = chosen.cpu == live::cpu_kind::kvm;
     said.processor(is_kvm ? "kvm" : "riscv", chosen.why);
     vmstate::result<std::unique_ptr<live::vm>> vm = live::make_vm(chosen.cpu, {.memory = asked.memory,
+        .huge_pages = asked.huge_pages,
         .dirty_log = choose_dirty_log(asked, chosen.cpu),
         .serial = serial.get(),
         .on_halt = [&all] { all.tell(); }});
@@ -271,6 +255,8 @@ void add_common_options(CLI::App& to, command_line& asked) {
     to.add_option("--memory", asked.memory, "RAM of the guest, with K, M or G; both sides the same")
         ->transform(CLI::AsSizeValue(false))
         ->capture_default_str();
+    to.add_flag("--huge-pages", asked.huge_pages,
+        "RAM in huge pages of 2 MiB, which have to be reserved before (vm.nr_hugepages); with postcopy both sides the same");
     to.add_option("--cpu", asked.cpu,
           "The processor: x86 by KVM, or a RISC-V that is interpreted; both sides the same. Without: kvm where it can be "
           "used")
@@ -297,11 +283,29 @@ void add_common_options(CLI::App& to, command_line& asked) {
         ->check(CLI::Range(0.0, 1e6));
     to.add_option("--downtime-limit", asked.downtime_limit, "Milliseconds that the guest may stand still")
         ->capture_default_str();
-    to.add_option("--max-bandwidth", asked.parameters.max_bandwidth, "Bytes per second, with K, M or G; 0 for no limit")
+    to.add_option("--max-bandwidth", asked.migration.parameters.max_bandwidth, "Bytes per second, with K, M or G; 0 for no limit")
         ->transform(CLI::AsSizeValue(false))
         ->capture_default_str();
-    to.add_flag("--auto-converge", asked.parameters.auto_converge, "Slow the guest down where it writes too fast");
-    to.add_flag("--xbzrle", asked.parameters.xbzrle, "Send pages that go again as differences");
+    to.add_flag("--auto-converge", asked.migration.parameters.auto_converge, "Slow the guest down where it writes too fast");
+    to.add_flag("--xbzrle", asked.migration.parameters.xbzrle, "Send pages that go again as differences");
+    to.add_option("--postcopy-after", asked.postcopy_after,
+          "When a guest that goes is switched to postcopy, where its memory follows it: after so many seconds of the "
+          "migration, as 2s; or after so many passes over its memory, as 1")
+        ->needs(migrate)
+        ->check([](const std::string& text) {
+            return live::postcopy_start::parse(text) ? std::string() : "seconds, as 2s, or passes, as 1; not " + text;
+        }, "WHEN");
+    to.add_flag("--postcopy", asked.migration.parameters.postcopy_ram,
+        "The guest may come by postcopy; both sides the same. So say the other options with that word, and --recover");
+    to.add_flag("--postcopy-preempt", asked.migration.parameters.postcopy_preempt,
+        "Pages that the guest waits for have a channel of their own; both sides the same");
+    to.add_option("--max-postcopy-bandwidth", asked.migration.parameters.max_postcopy_bandwidth,
+          "Bytes per second of the pages that it doesn't wait for, with K, M or G; 0 for no limit")
+        ->transform(CLI::AsSizeValue(false))
+        ->capture_default_str();
+    to.add_option("--recover", asked.migration.recover_uri,
+        "Where the two sides meet again when a connection breaks in postcopy, as often as it does: unix:PATH, "
+        "tcp:HOST:PORT");
 }
 
 } // namespace
@@ -337,7 +341,10 @@ int main(int argc, char** argv) {
                "command line.\n"
                "\n"
                "Example:  live_machine incoming unix:/tmp/vm.sock &\n"
-               "          live_machine run --migrate-to unix:/tmp/vm.sock --after 3");
+               "          live_machine run --migrate-to unix:/tmp/vm.sock --after 3\n"
+               "\n"
+               "          live_machine incoming unix:/tmp/vm.sock --recover unix:/tmp/again.sock &\n"
+               "          live_machine run --migrate-to unix:/tmp/vm.sock --postcopy-after 1 --recover unix:/tmp/again.sock");
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& failure) {

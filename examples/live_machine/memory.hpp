@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// The guest's RAM: a memfd, mapped. Depends on vmstate's machine/ and support/.
+// The guest's RAM: a memfd, mapped, in small pages or huge ones. Depends on vmstate's machine/ and support/.
 #pragma once
 
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <utility>
 
 #include <vmstate/machine/ram_memory.hpp>
@@ -18,8 +19,14 @@ static_assert(std::endian::native == std::endian::little, "words of the guest ar
 
 class memory {
 public:
-    static vmstate::result<memory> make(std::uint64_t size) {
-        vmstate::result<vmstate::ram_memory> mapped = vmstate::ram_memory::memfd("guest-ram", size);
+    static constexpr std::uint64_t small_page = vmstate::ram_memory::small_page;
+    static constexpr std::uint64_t huge_page = std::uint64_t{2} << 20;
+
+    static vmstate::result<memory> make(std::uint64_t size, std::uint64_t page_size) {
+        vmstate::result<vmstate::ram_memory> mapped = vmstate::ram_memory::memfd("guest-ram", size, page_size);
+        if (!mapped && page_size == huge_page)
+            return vmstate::error(mapped.error().code(),
+                std::to_string(size / page_size) + " free huge pages of 2 MiB (vm.nr_hugepages)", std::string(mapped.error().found()));
         if (!mapped) return mapped.error();
         return memory(std::move(*mapped));
     }

@@ -11,6 +11,7 @@
 #include <boost/json.hpp>
 
 #include <vmstate/migration/status.hpp>
+#include <vmstate/support/error.hpp>
 
 namespace live {
 
@@ -32,8 +33,14 @@ public:
     void guest_runs_on() { say("the guest runs on here", {{"event", "running"}}); }
     void halted(const std::string& why) { say("the guest has halted: " + why, {{"event", "halted"}, {"error", why}}); }
 
-    /// An observer of the source: says something whenever a pass begins.
-    void progress(const vmstate::migration::status& at);
+    /// Observers of the source and of the destination: something is said whenever a pass begins, and of postcopy's states.
+    void leaving(const vmstate::migration::status& at);
+    void coming(const vmstate::migration::status& at);
+    void no_way_back() {
+        say("in postcopy there is no way back; another signal gives the guest up", {{"event", "interrupted"}});
+    }
+    void no_recovery() { say("without --recover on both sides that is the end of the guest", {{"event", "given-up"}}); }
+    void cannot_recover(const std::string& what, const vmstate::error& why);
     /// The summary of a guest that has left, or has come.
     void left(const vmstate::migration::status& last);
     void arrived(const vmstate::migration::status& last);
@@ -41,11 +48,15 @@ public:
 private:
     void say(const std::string& text, const boost::json::object& object) { write(json_ ? serialize(object) : text); }
     void write(std::string line);
+    void pass(const vmstate::migration::status& at);
+    void postcopy(const vmstate::migration::status& at, const std::string& begun);
 
     const bool json_;
     const bool passes_;
-    std::mutex mutex_; ///< last_pass_, and the order of lines
+    std::mutex mutex_; ///< the next three, and the order of lines
     std::uint64_t last_pass_ = 0;
+    vmstate::migration::state last_state_ = vmstate::migration::state::none;
+    std::string last_trouble_; ///< not said again and again
 };
 
 } // namespace live

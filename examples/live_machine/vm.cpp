@@ -9,6 +9,7 @@
 #include <cstring>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include <vmstate/migrate.hpp>
 #include <vmstate/ram/pagemap_scan_log.hpp>
@@ -16,12 +17,13 @@
 namespace live {
 
 vmstate::result<memory> vm::make_memory(const vm_options& options) {
-    if (options.memory % 4096 != 0 || options.memory < 16 * 4096 || options.memory > max_memory)
-        return vmstate::error(vmstate::errc::invalid_argument, "memory of 64 KiB to 1 GiB, whole pages",
-            std::to_string(options.memory) + " bytes");
+    const std::uint64_t page = options.huge_pages ? memory::huge_page : memory::small_page;
+    if (options.memory % page != 0 || options.memory < 16 * memory::small_page || options.memory > max_memory)
+        return vmstate::error(vmstate::errc::invalid_argument,
+            "memory of 64 KiB to 1 GiB, whole pages of " + std::to_string(page), std::to_string(options.memory) + " bytes");
     if (options.dirty_log == dirty_log_kind::pagemap)
         if (const vmstate::result<void> can = vmstate::pagemap_scan_log::probe(); !can) return can.error();
-    return memory::make(options.memory);
+    return memory::make(options.memory, page);
 }
 
 vm::vm(vm_options options, memory ram, std::string name, std::uint32_t ram_base)
@@ -35,6 +37,7 @@ vm::vm(vm_options options, memory ram, std::string name, std::uint32_t ram_base)
     };
     guest_.start = [this] { return start(); };
     guest_.throttle = [this](unsigned percent) { throttle_percent_.store(std::min(percent, 99u)); };
+    guest_.vcpu_threads = [this] { return std::vector{thread_id()}; };
     if (options_.dirty_log == dirty_log_kind::pagemap)
         guest_.dirty_logs.emplace("ram", vmstate::pagemap_scan_log(ram_.bytes()));
 }
@@ -51,17 +54,41 @@ vmstate::result<void> vm::start() {
     const std::lock_guard control(control_mutex_);
     if (const std::string why = why_halted(); !why.empty())
         return vmstate::error(vmstate::errc::invalid_argument, "a guest that can go on", why);
-    if (thread_.joinable()) return {};
+    make_thread_locked();
+    {
+        const std::lock_guard lock(wake_mutex_);
+        may_run_ = true;
+    }
+    wake_.notify_all();
+    return {};
+}
+
+void vm::make_thread_locked() {
+    if (thread_.joinable()) return;
     {
         const std::lock_guard lock(wake_mutex_);
         must_stop_ = false;
     }
     thread_ = std::thread([this] {
+        {
+            std::unique_lock lock(wake_mutex_);
+            thread_id_ = static_cast<std::uint32_t>(::gettid());
+            wake_.notify_all();
+            wake_.wait(lock, [this] { return may_run_ || must_stop_; });
+            if (!may_run_) return;
+        }
         clock_.start();
         run_guest();
         clock_.stop();
     });
-    return {};
+}
+
+std::uint32_t vm::thread_id() {
+    const std::lock_guard control(control_mutex_);
+    make_thread_locked();
+    std::unique_lock lock(wake_mutex_);
+    wake_.wait(lock, [this] { return thread_id_ != 0; });
+    return thread_id_;
 }
 
 void vm::stop() {
@@ -74,6 +101,14 @@ void vm::stop() {
     wake_.notify_all();
     kick(thread_.native_handle());
     thread_.join();
+    const std::lock_guard lock(wake_mutex_);
+    thread_id_ = 0;
+    may_run_ = false;
+}
+
+bool vm::is_running() const {
+    const std::lock_guard lock(wake_mutex_);
+    return may_run_;
 }
 
 std::string vm::why_halted() const {

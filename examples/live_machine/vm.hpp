@@ -34,6 +34,7 @@ enum class dirty_log_kind { marked, pagemap, kvm_bitmap, kvm_ring };
 
 struct vm_options {
     std::uint64_t memory = std::uint64_t{64} << 20; ///< bytes, whole pages
+    bool huge_pages = false;                         ///< of 2 MiB, behind the memory
     dirty_log_kind dirty_log = dirty_log_kind::marked;
     int serial = 1;                  ///< descriptor to which the serial port's characters are written; stays open
     std::function<void()> on_halt{}; ///< called by the machine's thread when its guest can't go on
@@ -57,6 +58,7 @@ public:
     /// not run on, which is an error; it stands still already.
     vmstate::result<void> start();
     void stop();
+    bool is_running() const;
     /// Why the guest can't go on; empty while it can, and after another `boot`. Any thread may ask.
     std::string why_halted() const;
     /// How many lines have left the serial port of this machine. Any thread may ask.
@@ -99,14 +101,21 @@ protected:
     vmstate::migration::guest guest_;
 
 private:
+    void make_thread_locked();
+    /// Of the machine's thread, which is made where there is none, and waits for `start`.
+    std::uint32_t thread_id();
+
     const std::uint32_t ram_base_;
     std::atomic<unsigned> throttle_percent_ = 0;
     std::atomic<std::uint64_t> lines_printed_ = 0;
 
+    // Neither is held where guest memory is touched: in postcopy that may last until a page has come.
     std::mutex control_mutex_; ///< thread_
     std::thread thread_;
-    mutable std::mutex wake_mutex_; ///< must_stop_, why_halted_
+    mutable std::mutex wake_mutex_; ///< the next four
     std::condition_variable wake_;
+    std::uint32_t thread_id_ = 0;
+    bool may_run_ = false;
     bool must_stop_ = false;
     std::string why_halted_;
 };

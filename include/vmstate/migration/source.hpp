@@ -751,6 +751,7 @@ private:
         if (result<void> put = put_package(stream); !put) return put;
         monitor_.update([&](migration::status& at) {
             count_pages(at, stream);
+            at.ram.remaining = postcopy_->remaining();
             at.ram.precopy_bytes = at.ram.transferred;
             at.ram.downtime_bytes = 0;
             before_postcopy_ = at.ram;
