@@ -5,6 +5,8 @@
 // same QEMU wrote to a file before.
 #include <vmstate/machine/carry.hpp>
 #include <vmstate/machine/configuration.hpp>
+#include <vmstate/machine/ram_memory.hpp>
+#include <vmstate/machine/stream_walk.hpp>
 #include <vmstate/machine/vmdesc_parse.hpp>
 #include <vmstate/migrate.hpp>
 #include <vmstate/migration/destination.hpp>
@@ -17,17 +19,22 @@
 
 #include <CLI/CLI.hpp>
 
+#include "reader_of_guest.hpp"
+
+#include <array>
+#include <atomic>
 #include <charconv>
 #include <chrono>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <stop_token>
@@ -45,9 +52,20 @@ constexpr int exit_usage = 2;
 struct schema {
     vmstate::machine_options options;
     vmstate::vmdesc description;
+    std::vector<vmstate::stream_ram_block> blocks; ///< of RAM, where they were asked for
 };
 
-vmstate::result<schema> read_schema(const std::string& path) {
+class block_lister final : public vmstate::stream_visitor {
+public:
+    explicit block_lister(std::vector<vmstate::stream_ram_block>& blocks) : blocks_(blocks) {}
+    void ram_block(const vmstate::stream_ram_block& block, std::size_t) override { blocks_.push_back(block); }
+
+private:
+    std::vector<vmstate::stream_ram_block>& blocks_;
+};
+
+/// The blocks take a look at the whole file, and may be left out.
+vmstate::result<schema> read_schema(const std::string& path, bool with_blocks = false) {
     std::ifstream file(path, std::ios::binary);
     if (!file) return vmstate::error(vmstate::errc::io, "a file that can be read", path);
     const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
@@ -74,6 +92,11 @@ vmstate::result<schema> read_schema(const std::string& path) {
     if (!parsed) return parsed.error();
     found.description = std::move(*parsed);
     if (found.description.page_size != 0) found.options.page_size = static_cast<std::size_t>(found.description.page_size);
+    if (!with_blocks) return found;
+    block_lister blocks(found.blocks);
+    const vmstate::result<void> walked =
+        vmstate::walk_stream(bytes, {.description = &found.description, .location = *location}, blocks);
+    if (!walked) return walked.error();
     return found;
 }
 
@@ -178,17 +201,48 @@ void say_what_came(const vmstate::machine& machine, const vmstate::migration::st
         static_cast<unsigned long long>(last.ram.transferred), sections, static_cast<long long>(last.total_time.count()));
 }
 
+void say_who_waited(const park::reader_of_guest& readers, const vmstate::postcopy_fault_status& faults) {
+    const std::uint64_t waits = std::accumulate(faults.latencies.begin(), faults.latencies.end(), std::uint64_t{0});
+    const auto microseconds = [](std::chrono::nanoseconds time) { return static_cast<double>(time.count()) / 1000; };
+    std::printf("postcopy: %u threads read %zu pages each, in random order, while they came, and each was whole;\n"
+                "          they waited %llu times, %.0f us on average, at most %.1f ms\n",
+        park::reader_of_guest::threads, readers.pages(), static_cast<unsigned long long>(waits),
+        waits != 0 ? microseconds(faults.latency_total) / static_cast<double>(waits) : 0.0, microseconds(faults.latency_max) / 1000);
+}
+
 int receive(const std::string& uri, const std::string& file, const std::string& schema_file,
     const vmstate::migration::parameters& parameters, const tls_files& tls) {
-    const vmstate::result<schema> known = read_schema(schema_file);
+    const vmstate::result<schema> known = read_schema(schema_file, parameters.postcopy_ram);
     if (!known) return complain(schema_file, known.error());
 
+    // Postcopy takes memory that is there before the stream is.
+    std::deque<vmstate::ram_memory> memory;
     vmstate::machine machine(known->options);
-    // A parked machine doesn't run: nothing to start.
+    std::vector<std::span<const std::byte>> blocks;
+    for (const vmstate::stream_ram_block& block : known->blocks) {
+        vmstate::result<vmstate::ram_memory> mapped = vmstate::ram_memory::anonymous(block.used_length);
+        if (!mapped) return complain(block.name, mapped.error());
+        blocks.push_back(memory.emplace_back(std::move(*mapped)).span());
+        if (const auto added = machine.add_ram(block.name, memory.back()); !added) return complain(block.name, added.error());
+    }
+    if (parameters.postcopy_ram && machine.ram() != nullptr)
+        if (const vmstate::result<void> can = vmstate::check_postcopy_support(*machine.ram()); !can)
+            return complain("postcopy", can.error());
+
+    // A parked machine doesn't run: nothing to start. In postcopy somebody is to wait for its pages, as a guest would.
+    park::reader_of_guest readers(blocks);
     vmstate::migration::guest nobody;
+    std::atomic<bool> is_postcopy = false;
+    nobody.start = [&]() -> vmstate::result<void> {
+        if (parameters.postcopy_ram) readers.start();
+        return {};
+    };
     vmstate::migration::destination destination(machine, nobody, parameters, carried_by(*known));
     destination.observe([&](const vmstate::migration::status& at) {
         if (at.state == vmstate::migration::state::setup && !destination.uri().empty()) say_where(destination.uri());
+        if (at.state == vmstate::migration::state::postcopy_active) is_postcopy.store(true);
+        // Half a machine is of no use to keep.
+        if (at.state == vmstate::migration::state::postcopy_paused) destination.give_up();
     });
     const vmstate::result<void> arrived = [&]() -> vmstate::result<void> {
         if (!tls.wanted()) return destination.run(uri);
@@ -199,7 +253,14 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
         say_where(listener->uri());
         return destination.run(accept_tls(*listener, *credentials, parameters.peer_timeout));
     }();
+    readers.join();
     if (!arrived) return complain(uri, arrived.error());
+    if (is_postcopy.load()) {
+        if (const std::size_t changed = readers.count_changed(); changed != 0)
+            return complain(uri, vmstate::error(vmstate::errc::bad_ram, "pages that were whole when they were read",
+                std::to_string(changed) + " that changed afterwards"));
+        say_who_waited(readers, destination.status().postcopy.faults);
+    }
     say_what_came(machine, destination.status());
     if (const vmstate::result<void> kept = vmstate::save(machine, vmstate::open_output("file:" + file)); !kept)
         return complain(file, kept.error());
@@ -219,6 +280,9 @@ int send(const std::string& file, const std::string& uri, vmstate::migration::pa
     parameters.multifd_flush_after_each_section =
         multifd_sync == "section" || (multifd_sync == "auto" && syncs_after_each_section(known->options.name));
     vmstate::migration::source source(machine, nobody, parameters);
+    source.observe([&](const vmstate::migration::status& at) {
+        if (at.state == vmstate::migration::state::postcopy_paused) static_cast<void>(source.give_up());
+    });
     const vmstate::result<void> started = [&]() -> vmstate::result<void> {
         if (!tls.wanted()) return source.start(uri);
         vmstate::result<vmstate::tls_credentials> credentials = tls.credentials(vmstate::tls_endpoint::client);
@@ -226,6 +290,8 @@ int send(const std::string& file, const std::string& uri, vmstate::migration::pa
         return source.start(connect_tls(uri, tls.hostname, *credentials));
     }();
     if (!started) return complain(uri, started.error());
+    // Nobody writes its memory: there is nothing that precopy would be good for.
+    if (parameters.postcopy_ram) static_cast<void>(source.start_postcopy());
     if (const vmstate::result<void> sent = source.wait(); !sent) return complain(uri, sent.error());
     say_what_came(machine, source.status());
     return EXIT_SUCCESS;
@@ -254,6 +320,8 @@ int main(int argc, char** argv) {
     sending->add_option("URI", uri, "Where that QEMU waits: unix:PATH, tcp:HOST:PORT")->required();
     sending->add_flag("!--no-return-path", parameters.return_path, "Don't ask it whether all was loaded");
     sending->add_option("--max-bandwidth", parameters.max_bandwidth, "Bytes per second, 0 for no limit");
+    sending->add_option("--max-postcopy-bandwidth", parameters.max_postcopy_bandwidth,
+        "The same in postcopy, of the pages that the guest doesn't wait for");
     std::string uuid;
     sending->add_option("--uuid", uuid, "With --multifd: the uuid that the QEMU was started with (-uuid), if it was")
         ->check([](const std::string& text) { return parse_uuid(text) ? std::string() : "32 hexadecimal digits, not " + text; }, "UUID");
@@ -273,6 +341,14 @@ int main(int argc, char** argv) {
         either->add_option("--multifd-compression", multifd.compression, "As the QEMU's multifd-compression")
             ->check(CLI::IsMember({"none", "zlib", "zstd"}))
             ->needs(channels);
+        CLI::Option* const postcopy = either->add_flag("--postcopy", parameters.postcopy_ram,
+            either == receiving
+                ? "The QEMU, whose capability postcopy-ram is on, may go on in postcopy; two threads read the memory "
+                  "while it comes, in random order"
+                : "The guest runs in the QEMU, whose capability postcopy-ram is on, at once, and its memory comes after it")
+            ->excludes(channels);
+        either->add_flag("--postcopy-preempt", parameters.postcopy_preempt,
+            "Pages that somebody waits for have a channel of their own, as the QEMU's capability says")->needs(postcopy);
     }
     unsigned timeout = 60;
     for (CLI::App* const either : {receiving, sending})
@@ -286,7 +362,9 @@ int main(int argc, char** argv) {
                "\n"
                "Example:  vmstate-park receive unix:/tmp/park.sock vm.parked --schema vm.state &\n"
                "          echo 'migrate unix:/tmp/park.sock' | socat - unix:/tmp/monitor.sock\n"
-               "          vmstate-park send vm.parked tcp:host:4444");
+               "          vmstate-park send vm.parked tcp:host:4444\n"
+               "\n"
+               "In postcopy a connection that breaks ends it, and the machine is lost.");
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& failure) {

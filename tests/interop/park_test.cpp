@@ -7,12 +7,18 @@
 
 #include <vmstate/stream/connect.hpp>
 
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
+#include <random>
 #include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
 using namespace vmstate::tests;
 
@@ -125,6 +131,103 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     second.stop();
     const auto output = counter::parse_output(before + second.serial()); // throws at "BAD"
     CHECK(counter::check_order(output) == "");
+}
+
+TEST_CASE("a running guest is parked by postcopy and goes on by postcopy in another QEMU") {
+    VMSTATE_REQUIRE_QEMU();
+    struct way {
+        bool tcp, preempt, tls;
+    };
+    const way how = GENERATE(way{false, false, false}, way{true, true, false}, way{true, false, true}, way{false, true, true});
+    CAPTURE(how.tcp, how.preempt, how.tls);
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    // Full of something, where the guest never looks.
+    std::vector<std::byte> ballast(12 << 20);
+    std::minstd_rand random(1);
+    for (std::size_t i = 0; i < ballast.size(); i += 64) ballast[i] = static_cast<std::byte>(random() >> 8);
+    write_file(directory / "ballast", ballast);
+    if (how.tls) {
+        certificate_authority authority;
+        authority.write(directory.path());
+        authority.issue({}).write(directory.path(), "server");
+        authority.issue({.name = "source", .alternative_names = {}, .purpose = "clientAuth"}).write(directory.path(), "client");
+    }
+    const auto options = [&](const char* endpoint) {
+        qemu_options all{.machine = "microvm", .rom = guest_rom("counter")};
+        if (how.tls)
+            all.arguments = {"-object", "tls-creds-x509,id=tls0,verify-peer=on,dir=" + directory.path().string() + ",endpoint=" + endpoint};
+        return all;
+    };
+    const auto configure = [&](qemu& machine) {
+        if (how.tls) machine.execute("migrate-set-parameters", {{"tls-creds", "tls0"}, {"tls-hostname", "localhost"}});
+        const auto on = [](const char* name) { return boost::json::object{{"capability", name}, {"state", true}}; };
+        boost::json::array wanted{on("postcopy-ram"), on("return-path")};
+        machine.execute("migrate-set-capabilities", {{"capabilities", wanted}});
+        if (how.preempt) machine.execute("migrate-set-capabilities", {{"capabilities", boost::json::array{on("postcopy-preempt")}}});
+        // Precopy doesn't come to its end, and postcopy lets somebody wait for a page.
+        machine.execute("migrate-set-parameters",
+            {{"downtime-limit", 1}, {"max-bandwidth", 2 << 20}, {"max-postcopy-bandwidth", 16 << 20}});
+    };
+    const std::string with = " --postcopy" + std::string(how.preempt ? " --postcopy-preempt" : "") +
+                             (how.tls ? " --tls-x509 " + directory.path().string() : "");
+
+    qemu_options first_options = options("client");
+    first_options.arguments.insert(first_options.arguments.end(),
+        {"-device", "loader,force-raw=on,addr=0x200000,file=" + path("ballast")});
+    qemu first(first_options);
+    first.wait_serial(lines(3), "3 lines");
+    REQUIRE(first.migrate_to_file(directory / "schema").completed);
+    first.cont();
+    first.wait_serial(lines(6), "6 lines");
+    configure(first);
+    int status = -1;
+    {
+        park receiving("receive " + (how.tcp ? std::string("tcp:127.0.0.1:0") : "unix:" + path("in")) + " " + path("parked") +
+                       " --schema " + path("schema") + with);
+        std::string where = receiving.line();
+        if (where.find("userfaultfd") != std::string::npos) return skip(where);
+        REQUIRE(where.starts_with("waiting at "));
+        where = where.substr(11, where.size() - 12);
+        first.execute("migrate", {{"uri", where}});
+        const auto state = [&] { return std::string(first.execute("query-migrate").at("status").as_string()); };
+        while (state() == "setup") std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        first.execute("migrate-start-postcopy");
+        const std::string said = receiving.rest(status);
+        CAPTURE(said);
+        REQUIRE(status == 0);
+        CHECK(said.find("while they came, and each was whole") != std::string::npos);
+        CHECK(said.find("they waited 0 times") == std::string::npos);
+        CHECK(said.find("parked in " + path("parked")) != std::string::npos);
+        while (state() == "postcopy-active") std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        REQUIRE(state() == "completed");
+    }
+    const std::string before = first.serial();
+
+    qemu_options second_options = options("server");
+    second_options.arguments.insert(second_options.arguments.end(), {"-incoming", "defer"});
+    qemu second(second_options);
+    configure(second);
+    second.execute("migrate-incoming", {{"uri", how.tcp ? std::string("tcp:127.0.0.1:0") : "unix:" + path("out")}});
+    std::string where = "unix:" + path("out");
+    if (how.tcp) {
+        const auto listening = second.execute("query-migrate").at("socket-address").as_array();
+        where = "tcp:127.0.0.1:" + std::string(listening.at(listening.size() - 1).at("port").as_string());
+    }
+    const std::string said = park("send " + path("parked") + " " + where + " --max-postcopy-bandwidth 16000000" + with).rest(status);
+    CAPTURE(said);
+    REQUIRE(status == 0);
+    const auto incoming = second.wait_incoming();
+    REQUIRE(incoming.error == "");
+    REQUIRE(incoming.completed);
+    if (second.status() != "running") second.cont();
+    second.wait_serial(lines(3), "3 more lines");
+    second.stop();
+    const auto output = counter::parse_output(before + second.serial()); // throws at "BAD"
+    for (std::size_t i = 1; i < output.size(); ++i) REQUIRE(output[i].round == output[i - 1].round + 1);
+    std::uint32_t round = 0;
+    CHECK(counter::check_memory(second.memory(0, 0x60000), round) == "");
+    CHECK(second.memory(0x200000, ballast.size()) == ballast);
 }
 
 TEST_CASE("a machine that isn't the schema's is refused by name, and its guest runs on") {
