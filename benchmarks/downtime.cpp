@@ -82,11 +82,6 @@ void migrate_ours(std::span<std::byte> memory, const std::string& uri, times& in
 
 // ---- QEMU
 
-double time_of(const boost::json::object& event) {
-    const boost::json::object& at = event.at("timestamp").as_object();
-    return number(at.at("seconds")) + number(at.at("microseconds")) / 1e6;
-}
-
 void migrate_qemu(const std::filesystem::path& memory, const std::string& uri, times& into) {
     vmstate::tests::temporary_directory directory;
     vmstate::tests::qemu_options options;

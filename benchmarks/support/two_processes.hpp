@@ -205,5 +205,10 @@ inline std::string incoming_uri(vmstate::tests::qemu& destination, const std::st
     return "tcp:127.0.0.1:" + std::string(socket.at("port").as_string());
 }
 inline double number(const boost::json::value& value) { return value.to_number<double>(); }
+/// When an event happened: seconds of the system's clock.
+inline double time_of(const boost::json::object& event) {
+    const boost::json::object& at = event.at("timestamp").as_object();
+    return number(at.at("seconds")) + number(at.at("microseconds")) / 1e6;
+}
 
 } // namespace bench
