@@ -4,6 +4,7 @@
 // page_request.hpp and received_pages.hpp.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -25,10 +26,11 @@ enum class page_request_outcome {
     already_received ///< the page came meanwhile
 };
 
-/// Any thread asks, and any thread tells of pages that came; offsets are those of host pages. `requests_mutex_` is held
+/// Any thread asks, and any thread tells of pages that came; offsets are those of host pages. `sending_mutex_` is held
 /// while a request is sent: it makes the order on the return path the order of the "block of the request before". Who
-/// sends must not wait for a page of guest memory. A channel that no longer takes anything holds up everybody here:
-/// shutting it down frees them.
+/// sends must not wait for a page of guest memory. A channel that no longer takes anything holds up who asks: shutting it
+/// down frees them. Who tells of a page never waits for a request to be sent: to send wakes the source, and with it often
+/// another thread in the sender's place.
 class page_requests {
 public:
     using send_function = std::function<result<void>(const page_request_message& message)>;
@@ -41,44 +43,50 @@ public:
     /// A return path, the first or, after a recovery, another: the next request names its block, and whatever is wanted is
     /// asked for through it. After an error there is no connection, and everything is still wanted.
     result<void> connect(send_function send) {
-        const std::lock_guard lock(requests_mutex_);
+        const std::lock_guard lock(sending_mutex_);
         send_ = std::move(send);
         last_ = nullptr;
-        for (const auto& [block, offset] : wanted_)
+        const auto wanted = [this] {
+            const std::lock_guard looking(wanted_mutex_);
+            return wanted_;
+        }();
+        for (const auto& [block, offset] : wanted)
             if (result<void> sent = send_locked(*block, offset); !sent) return sent;
         return {};
     }
     /// The return path is gone: pages are noted and not asked for.
     void disconnect() {
-        const std::lock_guard lock(requests_mutex_);
+        const std::lock_guard lock(sending_mutex_);
         send_ = nullptr;
     }
     /// Wants the host page at `offset`. An error is the connection's, and disconnects: the page stays wanted.
     result<page_request_outcome> request(ram_block& block, std::uint64_t offset) {
-        const std::lock_guard lock(requests_mutex_);
-        // Whoever places pages marks this one before `placed` takes the lock: it is seen here, or `placed` and the others
-        // that are told come later. Also where it is wanted already: they may be on their way.
-        if (received_.has(block, offset, block.options.host_page_size)) return page_request_outcome::already_received;
-        if (!wanted_.emplace(&block, offset).second) return page_request_outcome::asked_before;
+        const std::lock_guard lock(sending_mutex_);
+        {
+            const std::lock_guard noting(wanted_mutex_);
+            // Whoever places pages marks this one before `placed` takes the lock: it is seen here, or `placed` and the
+            // others that are told come later. Also where it is wanted already: they may be on their way.
+            if (received_.has(block, offset, block.options.host_page_size)) return page_request_outcome::already_received;
+            if (!wanted_.emplace(&block, offset).second) return page_request_outcome::asked_before;
+        }
         if (!send_) return page_request_outcome::kept;
         if (result<void> sent = send_locked(block, offset); !sent) return sent.error();
         return page_request_outcome::asked;
     }
     /// The host page has come and is marked as received: for `page_placer::on_placed`.
     void placed(ram_block& block, std::uint64_t offset) {
-        const std::lock_guard lock(requests_mutex_);
+        const std::lock_guard lock(wanted_mutex_);
         wanted_.erase({&block, offset});
     }
 
     /// Host pages that are wanted and haven't come.
     std::size_t waiting() const {
-        const std::lock_guard lock(requests_mutex_);
+        const std::lock_guard lock(wanted_mutex_);
         return wanted_.size();
     }
     /// Requests sent, those after a recovery included.
     std::uint64_t sent() const {
-        const std::lock_guard lock(requests_mutex_);
-        return sent_;
+        return sent_.load();
     }
 
 private:
@@ -95,11 +103,12 @@ private:
     }
 
     const received_pages& received_;
-    mutable std::mutex requests_mutex_; // all below
-    send_function send_;                // empty without a connection
-    const ram_block* last_ = nullptr;   // of the last request on this connection
+    std::mutex sending_mutex_;         // send_, last_; taken before the other
+    send_function send_;               // empty without a connection
+    const ram_block* last_ = nullptr;  // of the last request on this connection
+    std::atomic<std::uint64_t> sent_ = 0;
+    mutable std::mutex wanted_mutex_;  // wanted_
     std::set<std::pair<ram_block*, std::uint64_t>> wanted_;
-    std::uint64_t sent_ = 0;
 };
 
 } // namespace vmstate
