@@ -32,6 +32,7 @@ enum class errc {
     bad_section,          ///< a section header, type byte or footer that does not fit
     bad_command,          ///< a command unknown, of a wrong length, or not possible here
     bad_ram,              ///< a RAM record that does not fit the machine's blocks
+    bad_message,          ///< a vhost-user message that is malformed, or comes where it can't be meant
     bad_description_json, ///< the JSON description is malformed or does not fit the stream
     duplicate,            ///< registered twice
     not_migratable,       ///< a device that forbids migration is registered
@@ -63,6 +64,7 @@ constexpr std::string_view to_string(errc code) noexcept {
     case errc::bad_section: return "malformed section";
     case errc::bad_command: return "bad command";
     case errc::bad_ram: return "bad RAM record";
+    case errc::bad_message: return "bad vhost-user message";
     case errc::bad_description_json: return "bad JSON description";
     case errc::duplicate: return "registered twice";
     case errc::not_migratable: return "device is unmigratable";
