@@ -13,6 +13,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -73,6 +74,8 @@ struct client_options {
     /// Where guest memory is touched by the process's own instructions alone, never by a system call that is given an
     /// address in it, `user_only` does, which needs no privilege.
     userfault_scope faults = userfault_scope::user_and_kernel;
+    /// Called by the thread of the messages when guest memory can be touched again or anew: queues look for work then.
+    std::function<void()> on_memory{};
     /// The most that a message which has begun, or an answer, may take; 0: as long as it takes.
     std::chrono::milliseconds patience = std::chrono::seconds(10);
 };
@@ -100,6 +103,7 @@ public:
     /// where it had asked; the connection can't go on then, unless the error is ADVISE's: there the migration can't.
     result<handling> handle(int socket, message& m) {
         const result<handling> handled = act(socket, m);
+        if (std::exchange(memory_is_new_, false) && handled && options_.on_memory) options_.on_memory();
         if (handled && *handled != handling::done) return handled;
         if (result<void> told = acknowledge(socket, m, handled.has_value()); !told && handled) return told.error();
         if (!handled) return std::move(error(handled.error()).within(name_of(m.request)));
@@ -282,8 +286,9 @@ private:
         return mapping{std::move(*mapped)};
     }
     /// What threads may look up: the regions that can be touched.
-    void rebuild(memory_table& table) const {
+    void rebuild(memory_table& table) {
         table.clear();
+        memory_is_new_ = may_touch();
         for (const mapping& one : mappings_)
             if (!is_watching() || one.watched) (void)table.add(one.mapped.region(), one.mapped.memory());
     }
@@ -431,6 +436,7 @@ private:
 
     const client_options options_;
     guest_memory memory_;
+    bool memory_is_new_ = false;
     std::vector<mapping> mappings_;     // all of them, the table's and those that wait for an acknowledgement
     std::optional<userfault> faults_;
     unique_fd backend_requests_;
