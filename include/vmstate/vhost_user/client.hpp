@@ -372,10 +372,12 @@ private:
         result<unique_fd> descriptor = open_faults(m);
         // The VMM waits for an answer; one without a descriptor tells it that there is no postcopy.
         message reply = make_request(m.request, message_flag::reply);
-        if (descriptor) reply.descriptors.push_back(std::move(*descriptor));
+        if (descriptor) {
+            reply.descriptors.push_back(std::move(*descriptor));
+            phase_ = phase::advise;
+        }
         if (result<void> sent = send_message(socket, reply, options_.patience); !sent) return sent.error();
         if (!descriptor) return descriptor.error();
-        phase_ = phase::advise;
         return handling::answered;
     }
     /// A userfaultfd for us, and its twin for the VMM.
