@@ -33,6 +33,7 @@
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/postcopy_incoming.hpp>
 #include <vmstate/migration/return_path.hpp>
+#include <vmstate/postcopy/observer.hpp>
 #include <vmstate/ram/present_pages.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/connector.hpp>
@@ -155,6 +156,9 @@ public:
         }
         monitor_.wake();
     }
+
+    /// Who else uses the memory (a vhost-user backend), and hears of postcopy's phases; outlives `run`. Not during one.
+    void add_postcopy_observer(postcopy_observer& who) { observers_.push_back(&who); }
 
     /// One at a time; an empty one for none.
     void observe(observer who) { monitor_.observe(std::move(who)); }
@@ -345,7 +349,7 @@ private:
         std::shared_ptr<postcopy_incoming> postcopy;
         if (settings_.postcopy_ram) {
             postcopy = std::make_shared<postcopy_incoming>(
-                machine_, settings_, way_back, [this] { monitor_.enter(state::postcopy_active); });
+                machine_, settings_, way_back, [this] { monitor_.enter(state::postcopy_active); }, observers_);
             postcopy->connect(main, accept);
             const std::lock_guard lock(channel_mutex_);
             postcopy_ = postcopy;
@@ -495,6 +499,7 @@ private:
     guest& guest_;
     migration::parameters settings_;
     load_options loading_;
+    std::vector<postcopy_observer*> observers_;
     detail::monitor monitor_;
     mutable std::mutex channel_mutex_; ///< all below but inside_
     std::unique_ptr<socket_listener> listener_;

@@ -35,6 +35,7 @@
 #include <vmstate/postcopy/discard.hpp>
 #include <vmstate/postcopy/discard_memory.hpp>
 #include <vmstate/postcopy/fault_thread.hpp>
+#include <vmstate/postcopy/observer.hpp>
 #include <vmstate/postcopy/page_assembler.hpp>
 #include <vmstate/postcopy/page_placer.hpp>
 #include <vmstate/postcopy/page_requests.hpp>
@@ -54,11 +55,13 @@ namespace vmstate::migration {
 class postcopy_incoming final : public postcopy_listener, public ram_page_listener {
 public:
     /// All have to outlive this. `resumed`: a recovery has come to its end; called on the listen thread.
-    postcopy_incoming(machine& into, const parameters& settings, return_path& back, std::function<void()> resumed)
+    postcopy_incoming(machine& into, const parameters& settings, return_path& back, std::function<void()> resumed,
+        std::vector<postcopy_observer*> observers = {})
         : machine_(into)
         , settings_(settings)
         , back_(back)
         , resumed_(std::move(resumed))
+        , observers_(std::move(observers))
         , received_(into.options().guest_page_size())
         , requests_(received_) {}
     ~postcopy_incoming() override { release(); }
@@ -83,6 +86,10 @@ public:
         if (ram == nullptr) return error(errc::unsupported, "memory, to fetch pages for", "none").within("postcopy");
         if (!ram->stream_order().empty()) return error(errc::bad_command, "it before the list of RAM blocks", "it behind");
         if (result<void> fit = check_postcopy_support(*ram); !fit) return fit;
+        for (postcopy_observer* const who : observers_) {
+            advised_.push_back(who);
+            if (result<void> told = who->advise(*ram); !told) return std::move(told.error()).within("postcopy");
+        }
         return settings_.postcopy_preempt ? start_preempt() : result<void>();
     }
     result<void> blocks_listed() override {
@@ -127,9 +134,13 @@ public:
         ram_section_id_ = ram_section_id;
         placer_.emplace(received_);
         faults_.emplace(*placer_, requests_, statistics_, [this](const error& why) { broken(error(why).within("faults")); });
+        for (postcopy_observer* const who : advised_)
+            placer_->on_placed([who](ram_block& block, std::uint64_t offset, std::uint64_t size) { who->placed(block, offset, size); });
         if (result<void> started = placer_->start(); !started) return started;
         if (result<void> started = faults_->start(); !started) return started;
         if (result<void> asked = ask(); !asked) return asked;
+        for (postcopy_observer* const who : advised_)
+            if (result<void> told = who->listen(*faults_); !told) return std::move(told.error()).within("postcopy");
         {
             const std::lock_guard lock(session_mutex_);
             listening_ = true;
@@ -209,6 +220,8 @@ public:
         requests_.disconnect();
         if (listen_.joinable()) listen_.join();
         end_preempt();
+        for (postcopy_observer* const who : advised_) who->end();
+        advised_.clear();
         if (faults_) faults_->stop();
         faults_.reset();
         placer_.reset();
@@ -521,6 +534,7 @@ private:
     const parameters& settings_;
     return_path& back_;
     std::function<void()> resumed_;
+    const std::vector<postcopy_observer*> observers_;
 
     // Written by the main thread before there are others.
     received_pages received_;
@@ -528,6 +542,7 @@ private:
     std::map<const ram_block*, page_bitmap> owed_;          ///< target pages that were thrown away
     std::uint32_t ram_section_id_ = 0;
     bool prepared_ = false; ///< transparent huge pages are off
+    std::vector<postcopy_observer*> advised_; ///< and not told of the end yet
 
     postcopy_progress progress_;
     postcopy_statistics statistics_;

@@ -37,6 +37,8 @@ namespace vmstate {
 /// come.
 class fault_thread {
 public:
+    /// Who is told of a fault.
+    using found_function = std::function<void(const ram_address& where)>;
     /// Another process's userfaultfd for memory that it shares with us.
     struct client {
         int fd = -1; ///< stays its owner's; made non-blocking
@@ -45,6 +47,14 @@ public:
         /// Lets its threads that wait in the host page at `where` go on: UFFDIO_WAKE on `fd`. On the fault thread; pages
         /// that come later are `page_placer::on_placed`'s to tell.
         std::function<result<void>(const ram_address& where)> wake;
+        std::string name = {}; ///< in the statistics
+        /// On the fault thread: what was wrong with this client, which nobody else suffers from; empty for `on_failure`.
+        /// What ends it is told once, and then it isn't served any more: it must not call `remove`.
+        std::function<void(const error& why)> failed = {};
+        /// For one that tells its faults in its own way: reads from `fd` what there is, without waiting. On the fault thread.
+        std::function<result<void>(const found_function& found)> read = {};
+        /// A connection to it, which is looked at only for its end; -1 where there is none. Stays its owner's.
+        int connection = -1;
     };
     /// On the fault thread: what it could not do. A request that couldn't be sent stays wanted, and the thread goes on.
     using failure_function = std::function<void(const error& why)>;
@@ -97,7 +107,7 @@ public:
         unsigned number = 0;
         {
             const std::lock_guard lock(clients_mutex_);
-            number = ++last_number_;
+            number = statistics_.add_client(other.name);
             clients_.push_back({number, std::move(other)});
         }
         poke();
@@ -107,7 +117,8 @@ public:
     void remove(unsigned number) {
         {
             const std::lock_guard lock(clients_mutex_);
-            std::erase_if(clients_, [&](const numbered_client& one) { return one.number == number; });
+            if (std::erase_if(clients_, [&](const numbered_client& one) { return one.number == number; }) == 0) return;
+            statistics_.remove_client(number, clock::now());
         }
         poke();
     }
@@ -137,6 +148,7 @@ private:
                 if (ending_) return;
                 for (const numbered_client& one : clients_) {
                     events.push_back({one.who.fd, POLLIN, 0});
+                    events.push_back({one.who.connection, POLLRDHUP, 0});
                     numbers.push_back(one.number);
                 }
             }
@@ -152,7 +164,8 @@ private:
             if (numbers.empty()) continue;
             const std::lock_guard lock(clients_mutex_);
             for (std::size_t i = 0; i < numbers.size(); ++i)
-                if (events[2 + i].revents != 0) serve_client(numbers[i], events[2 + i].revents);
+                if (const short faults = events[2 + 2 * i].revents, end = events[3 + 2 * i].revents; faults != 0 || end != 0)
+                    serve_client(numbers[i], faults, end != 0);
         }
     }
 
@@ -165,31 +178,35 @@ private:
         result<void> done = read_faults(placer_.fault().get(), [&](std::uint64_t address, std::uint32_t thread_id, clock::time_point now) {
             const std::optional<ram_address> where = placer_.received().locate(address);
             if (!where) return fail(error(errc::bad_ram, "a fault in guest memory", "one at " + std::to_string(address)));
-            serve_fault(*where, placer_.has_thread_ids() ? thread_id : 0, now, nullptr);
+            serve_fault(*where, placer_.has_thread_ids() ? thread_id : 0, now);
         });
         if (!done) fail(done.error());
         return static_cast<bool>(done);
     }
     /// Under `clients_mutex_`.
-    void serve_client(unsigned number, short revents) {
+    void serve_client(unsigned number, short revents, bool is_gone) {
         const auto found = std::find_if(
             clients_.begin(), clients_.end(), [&](const numbered_client& one) { return one.number == number; });
         if (found == clients_.end()) return;
         const client& who = found->who;
-        result<void> done = (revents & ~POLLIN) != 0
-                                ? result<void>(error(errc::io, "a client's userfaultfd ready to read",
-                                      "poll says " + std::to_string(revents)))
-                                : read_faults(who.fd, [&](std::uint64_t address, std::uint32_t, clock::time_point now) {
-                                      const std::optional<ram_address> where = who.translate(address);
-                                      if (!where)
-                                          return fail(error(errc::bad_ram, "a client's fault in guest memory",
-                                              "one at " + std::to_string(address)));
-                                      serve_fault(*where, 0, now, &who);
-                                  });
+        result<void> done;
+        if ((revents & ~POLLIN) != 0)
+            done = error(errc::io, "a client's userfaultfd ready to read", "poll says " + std::to_string(revents));
+        else if (revents != 0)
+            done = read_faults(who, number);
+        if (done && is_gone) done = error(errc::io, "a client that stays", "the end of its connection");
         if (done) return;
         // It would be ready again at once, for ever.
-        fail(done.error());
+        fail(who, done.error());
+        statistics_.remove_client(number, clock::now());
         clients_.erase(found);
+    }
+    result<void> read_faults(const client& who, unsigned number) {
+        if (who.read) return who.read([&](const ram_address& where) { serve_client_fault(where, clock::now(), who, number); });
+        return read_faults(who.fd, [&](std::uint64_t address, std::uint32_t, clock::time_point now) {
+            if (const std::optional<ram_address> where = who.translate(address)) serve_client_fault(*where, now, who, number);
+            else fail(who, error(errc::bad_ram, "a client's fault in guest memory", "one at " + std::to_string(address)));
+        });
     }
 
     /// What is there, a batch at a time; calls `found(address, thread_id, now)` for each fault.
@@ -212,23 +229,38 @@ private:
         }
     }
 
-    void serve_fault(ram_address where, std::uint32_t thread_id, clock::time_point now, const client* who) {
-        ram_block& block = *where.block;
-        where.offset -= where.offset % block.options.host_page_size;
-        statistics_.fault(thread_id, block, where.offset, now);
-        const result<page_request_outcome> asked = requests_.request(block, where.offset);
+    void serve_fault(const ram_address& where, std::uint32_t thread_id, clock::time_point now) {
+        const std::uint64_t offset = host_page(where);
+        statistics_.fault(thread_id, *where.block, offset, now);
+        serve({where.block, offset}, nullptr);
+    }
+    void serve_client_fault(const ram_address& where, clock::time_point now, const client& who, unsigned number) {
+        const std::uint64_t offset = host_page(where);
+        statistics_.client_fault(number, *where.block, offset, now);
+        serve({where.block, offset}, &who);
+    }
+    static std::uint64_t host_page(const ram_address& where) noexcept {
+        return where.offset - where.offset % where.block->options.host_page_size;
+    }
+    void serve(const ram_address& where, const client* who) {
+        const result<page_request_outcome> asked = requests_.request(*where.block, where.offset);
         if (!asked) return fail(asked.error());
         if (*asked != page_request_outcome::already_received) return;
         // Placing it woke who was waiting then, in this process. A page that is zero, and that precopy or the guest left
         // without memory, is made now.
-        result<void> settled = placer_.settle(block, where.offset);
-        if (settled && who != nullptr) settled = who->wake(where);
-        statistics_.already_received(block, where.offset, clock::now());
+        const result<void> settled = placer_.settle(*where.block, where.offset);
+        const result<void> woken = settled && who != nullptr ? who->wake(where) : result<void>();
+        statistics_.already_received(*where.block, where.offset, clock::now());
         if (!settled) fail(settled.error());
+        if (!woken) fail(*who, woken.error());
     }
 
     void fail(const error& why) const {
         if (on_failure_) on_failure_(why);
+    }
+    void fail(const client& who, const error& why) const {
+        if (who.failed) who.failed(why);
+        else fail(why);
     }
 
     page_placer& placer_;
@@ -240,8 +272,7 @@ private:
 
     std::mutex clients_mutex_; // below; held while a client's faults are served
     bool ending_ = false;
-    std::vector<numbered_client> clients_;
-    unsigned last_number_ = 0;
+    std::vector<numbered_client> clients_; // numbered as in the statistics
 };
 
 } // namespace vmstate

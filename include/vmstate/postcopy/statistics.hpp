@@ -13,6 +13,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,16 @@ struct postcopy_thread_status {
     bool is_vcpu = false;
     std::uint64_t faults = 0;
     std::chrono::nanoseconds blocked{0}; ///< of a wait that lasts still, the time until now
+};
+
+/// What another process that shares the memory waited for. Pages that several of its threads wait for at once count once.
+struct postcopy_client_status {
+    std::string name;
+    bool has_left = false;
+    std::uint64_t faults = 0;           ///< pages that it had to wait for
+    std::uint64_t already_received = 0; ///< of which the page came before the fault was seen
+    std::chrono::nanoseconds blocked{0}; ///< the waits for its pages, added up; of those that last still, the time until now
+    std::chrono::nanoseconds longest{0}; ///< of the waits that are over
 };
 
 /// A consistent snapshot.
@@ -42,6 +53,7 @@ struct postcopy_fault_status {
     std::chrono::nanoseconds latency_max{0};
     std::vector<postcopy_thread_status> threads; ///< by thread_id; empty where the kernel tells no thread ids
     std::chrono::nanoseconds blocktime{0};       ///< during which all vCPU threads stood still
+    std::vector<postcopy_client_status> clients; ///< in the order in which they came; their faults are in `faults`, too
 };
 
 /// Any thread calls anything. `when` is given, so that who sees many faults asks for the time once.
@@ -54,6 +66,32 @@ public:
         const std::lock_guard lock(faults_mutex_);
         vcpus_ = {thread_ids.begin(), thread_ids.end()};
         for (const std::uint32_t id : vcpus_) threads_[id].is_vcpu = true;
+    }
+    /// Another process shares the memory: a number for its faults.
+    unsigned add_client(std::string name) {
+        const std::lock_guard lock(faults_mutex_);
+        clients_.push_back({.name = std::move(name)});
+        return static_cast<unsigned>(clients_.size());
+    }
+    /// It waits for nothing any more.
+    void remove_client(unsigned number, clock::time_point when) {
+        const std::lock_guard lock(faults_mutex_);
+        clients_[number - 1].has_left = true;
+        std::erase_if(waiting_, [&](const wait& one) {
+            if (one.client != number) return false;
+            leave(one, when);
+            return true;
+        });
+    }
+    /// A thread of another process waits for the host page at `offset`.
+    void client_fault(unsigned number, const ram_block& block, std::uint64_t offset, clock::time_point when) {
+        const std::lock_guard lock(faults_mutex_);
+        // Another of its threads, or the same one that a signal made try again.
+        for (const wait& one : waiting_)
+            if (one.client == number && one.block == &block && one.offset == offset) return;
+        ++faults_;
+        ++clients_[number - 1].faults;
+        waiting_.push_back({0, number, &block, offset, when});
     }
     /// A thread (0: nobody knows which) waits for the host page at `offset`.
     void fault(std::uint32_t thread_id, const ram_block& block, std::uint64_t offset, clock::time_point when) {
@@ -71,7 +109,7 @@ public:
             }
         }
         ++faults_;
-        waiting_.push_back({thread_id, &block, offset, when});
+        waiting_.push_back({thread_id, 0, &block, offset, when});
         if (thread_id == 0) return;
         thread& stopped = threads_[thread_id];
         ++stopped.faults;
@@ -102,12 +140,16 @@ public:
             for (const wait& waits : waiting_)
                 if (waits.thread_id == id) status.threads.back().blocked += since(waits.begin, now);
         }
+        status.clients = clients_;
+        for (const wait& waits : waiting_)
+            if (waits.client != 0) status.clients[waits.client - 1].blocked += since(waits.begin, now);
         return status;
     }
 
 private:
     struct wait {
         std::uint32_t thread_id;
+        unsigned client; // its number; 0: this process
         const ram_block* block;
         std::uint64_t offset;
         clock::time_point begin;
@@ -131,10 +173,16 @@ private:
             if (one.block != &block || one.offset != offset) return false;
             leave(one, when);
             if (counts) count(since(one.begin, when));
+            else if (one.client != 0) ++clients_[one.client - 1].already_received;
             return true;
         });
     }
     void leave(const wait& one, clock::time_point when) {
+        if (one.client != 0) {
+            postcopy_client_status& client = clients_[one.client - 1];
+            client.blocked += since(one.begin, when);
+            client.longest = std::max(client.longest, since(one.begin, when));
+        }
         if (one.thread_id == 0) return;
         thread& gone = threads_[one.thread_id];
         gone.blocked += since(one.begin, when);
@@ -150,6 +198,7 @@ private:
     mutable std::mutex faults_mutex_; // all below
     std::vector<wait> waiting_;
     std::map<std::uint32_t, thread> threads_;
+    std::vector<postcopy_client_status> clients_; // by their numbers, from 1 on
     std::set<std::uint32_t> vcpus_;
     std::size_t blocked_vcpus_ = 0;
     clock::time_point all_blocked_since_{};
