@@ -48,9 +48,9 @@ public:
         /// that come later are `page_placer::on_placed`'s to tell.
         std::function<result<void>(const ram_address& where)> wake;
         std::string name = {}; ///< in the statistics
-        /// On the fault thread: what was wrong with this client, which nobody else suffers from; empty for `on_failure`.
-        /// What ends it is told once, and then it isn't served any more: it must not call `remove`.
-        std::function<void(const error& why)> failed = {};
+        /// On the fault thread: what was wrong with this client, which nobody else suffers from, and whether it is served
+        /// any more; empty for `on_failure`. It must not call `remove`.
+        std::function<void(const error& why, bool is_over)> failed = {};
         /// For one that tells its faults in its own way: reads from `fd` what there is, without waiting. On the fault thread.
         std::function<result<void>(const found_function& found)> read = {};
         /// A connection to it, which is looked at only for its end; -1 where there is none. Stays its owner's.
@@ -197,7 +197,7 @@ private:
         if (done && is_gone) done = error(errc::io, "a client that stays", "the end of its connection");
         if (done) return;
         // It would be ready again at once, for ever.
-        fail(who, done.error());
+        fail(who, done.error(), true);
         statistics_.remove_client(number, clock::now());
         clients_.erase(found);
     }
@@ -258,8 +258,8 @@ private:
     void fail(const error& why) const {
         if (on_failure_) on_failure_(why);
     }
-    void fail(const client& who, const error& why) const {
-        if (who.failed) who.failed(why);
+    void fail(const client& who, const error& why, bool is_over = false) const {
+        if (who.failed) who.failed(why, is_over);
         else fail(why);
     }
 

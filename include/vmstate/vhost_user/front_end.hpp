@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSL-1.0
+//
+// The VMM's end of a connection to a vhost-user backend: what they agree on, and one request and its answer at a time.
+// Depends on message.hpp.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include <vmstate/support/result.hpp>
+#include <vmstate/support/unique_fd.hpp>
+#include <vmstate/vhost_user/message.hpp>
+
+namespace vmstate::vhost_user {
+
+/// Any thread calls anything. A VMM that has more to say to the backend (rings, its configuration) says it through this,
+/// too: then no answer goes to the wrong thread. Whatever fails ends the connection, since nobody knows where in it the
+/// next message begins; errors name the backend and the request.
+class front_end {
+public:
+    /// A connected unix stream socket. `name` is the backend's, for errors and statistics; `patience` is the longest that it
+    /// may take for an answer (0: as long as it takes).
+    explicit front_end(unique_fd socket, std::string name, std::chrono::milliseconds patience = std::chrono::seconds(10))
+        : socket_(std::move(socket)), name_(std::move(name)), patience_(patience) {}
+    front_end(const front_end&) = delete;
+    front_end& operator=(const front_end&) = delete;
+
+    const std::string& name() const noexcept { return name_; }
+    /// To be polled for its end, and for nothing else.
+    int native_handle() const noexcept { return socket_.get(); }
+
+    /// SET_OWNER, and of what the backend offers takes what is in `wanted`: first the device's features (and vhost's), then,
+    /// where both have protocol features, those.
+    result<void> negotiate(std::uint64_t wanted, std::uint64_t wanted_protocol) {
+        if (result<void> told = tell(make_request(request::set_owner)); !told) return told;
+        const result<std::uint64_t> offered = ask_value(request::get_features);
+        if (!offered) return offered.error();
+        std::uint64_t protocol = 0;
+        if ((*offered & feature::protocol_features) != 0) {
+            const result<std::uint64_t> offered_protocol = ask_value(request::get_protocol_features);
+            if (!offered_protocol) return offered_protocol.error();
+            protocol = *offered_protocol & wanted_protocol;
+            if (result<void> told = tell(make_message(request::set_protocol_features, protocol)); !told) return told;
+        }
+        set_protocol_features(protocol);
+        return tell(make_message(request::set_features, *offered & (wanted | feature::protocol_features)));
+    }
+    /// What was agreed upon; set by who has negotiated in another way.
+    std::uint64_t protocol_features() const noexcept { return protocol_features_.load(); }
+    void set_protocol_features(std::uint64_t agreed) noexcept { protocol_features_.store(agreed); }
+    bool has(std::uint64_t protocol_features) const noexcept {
+        return (this->protocol_features() & protocol_features) == protocol_features;
+    }
+
+    /// A request that has an answer.
+    result<message> ask(const message& what) {
+        const std::lock_guard lock(socket_mutex_);
+        if (result<void> sent = send_locked(what); !sent) return sent.error();
+        return receive_locked(what.request);
+    }
+    result<std::uint64_t> ask_value(request what) {
+        const result<message> answer = ask(make_request(what));
+        if (!answer) return answer.error();
+        const result<std::uint64_t> value = answer->as<std::uint64_t>();
+        if (!value) return failed(what, value.error());
+        return value;
+    }
+    /// A request without an answer of its own; says `need_reply`, and waits, where the backend understands it.
+    result<void> tell(message what) {
+        if (!has(protocol_feature::reply_ack)) {
+            const std::lock_guard lock(socket_mutex_);
+            return send_locked(what);
+        }
+        what.flags |= message_flag::need_reply;
+        const result<message> answer = ask(what);
+        if (!answer) return answer.error();
+        return check_acknowledgement(*answer);
+    }
+    /// 0 in an answer is success; something else ends no connection.
+    result<void> check_acknowledgement(const message& answer) {
+        const result<std::uint64_t> value = answer.as<std::uint64_t>();
+        if (!value) return failed(answer.request, value.error());
+        if (*value == 0) return {};
+        return within(answer.request, error(errc::unsupported, "success", "failure " + std::to_string(*value)));
+    }
+    /// Sends what isn't answered.
+    result<void> send(const message& what) {
+        const std::lock_guard lock(socket_mutex_);
+        return send_locked(what);
+    }
+    /// An answer that is still to come; the connection is this request's alone until then.
+    class pending_answer {
+    public:
+        result<message> wait() { return from_->receive_locked(what_); }
+
+    private:
+        friend front_end;
+        pending_answer(front_end& from, request what, std::unique_lock<std::mutex> lock)
+            : from_(&from), what_(what), lock_(std::move(lock)) {}
+
+        front_end* from_;
+        request what_;
+        std::unique_lock<std::mutex> lock_;
+    };
+    /// For who asks several backends at the same time. `pending_answer::wait` has to follow.
+    result<pending_answer> start(const message& what) {
+        std::unique_lock lock(socket_mutex_);
+        if (result<void> sent = send_locked(what); !sent) return sent.error();
+        return pending_answer(*this, what.request, std::move(lock));
+    }
+    /// Ends the connection: who waits for an answer goes on, and everything after fails.
+    void shutdown() noexcept { ::shutdown(socket_.get(), SHUT_RDWR); }
+
+    /// An error that says whose it is.
+    error within(request what, const error& why) const {
+        return std::move(error(why).within(name_of(what)).within("vhost-user backend " + name_));
+    }
+
+private:
+    result<void> send_locked(const message& what) {
+        if (result<void> sent = send_message(socket_.get(), what, patience_); !sent) return failed(what.request, sent.error());
+        return {};
+    }
+    result<message> receive_locked(request what) {
+        result<std::optional<message>> got = receive_message(socket_.get(), patience_);
+        if (!got) return failed(what, got.error());
+        if (!*got) return failed(what, error(errc::io, "an answer", "the end of the connection"));
+        message& answer = **got;
+        if (answer.request != what || !answer.is_reply())
+            return failed(what, error(errc::bad_message, "its answer",
+                                    name_of(answer.request) + (answer.is_reply() ? "'s" : ", which is none")));
+        return std::move(answer);
+    }
+    error failed(request what, const error& why) {
+        shutdown();
+        return within(what, why);
+    }
+
+    const unique_fd socket_;
+    const std::string name_;
+    const std::chrono::milliseconds patience_;
+    std::atomic<std::uint64_t> protocol_features_ = 0;
+    std::mutex socket_mutex_; ///< the socket, from a request to its answer
+};
+
+} // namespace vmstate::vhost_user
