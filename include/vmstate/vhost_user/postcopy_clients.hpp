@@ -392,6 +392,8 @@ private:
     void end(std::span<const std::shared_ptr<client>> leaving) {
         std::vector<std::pair<client*, front_end::pending_answer>> asked;
         for (const std::shared_ptr<client>& one : leaving) {
+            // What it still waits for it gets by this; and that it goes now is no failure.
+            stop_serving(*one);
             if (one->phase != client_phase::advised && one->phase != client_phase::listening) continue;
             result<front_end::pending_answer> answer =
                 one->connection->start(make_request(request::postcopy_end, message_flag::need_reply));
@@ -403,10 +405,8 @@ private:
             const result<void> done = heard ? one->connection->check_acknowledgement(*heard) : result<void>(heard.error());
             if (!done && !is_over(*one)) note(*one, done.error(), true);
         }
-        for (const std::shared_ptr<client>& one : leaving) {
-            stop_serving(*one);
+        for (const std::shared_ptr<client>& one : leaving)
             if (one->phase != client_phase::connected) one->phase = client_phase::ended;
-        }
     }
 
     static bool is_over(client& one) {

@@ -1,0 +1,561 @@
+// SPDX-License-Identifier: BSL-1.0
+// Guest memory that a vhost-user backend maps, too, while postcopy brings it: the VMM's half, with backends as threads that
+// have mappings and userfaultfds of their own, and as processes that can be killed. Every page is looked at; whatever a
+// backend does, the others and the guest get their pages.
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <vmstate/machine/ram_memory.hpp>
+#include <vmstate/machine/ram_section.hpp>
+#include <vmstate/migration/destination.hpp>
+#include <vmstate/migration/source.hpp>
+#include <vmstate/postcopy/discard_memory.hpp>
+#include <vmstate/postcopy/request_queue.hpp>
+#include <vmstate/postcopy/support.hpp>
+#include <vmstate/vhost_user/postcopy_clients.hpp>
+
+#include "vhost_user_backend.hpp"
+
+#include <support/catch.hpp>
+#include <support/huge_pages.hpp>
+#include <support/outcome.hpp>
+#include <support/temporary_directory.hpp>
+
+using namespace vmstate;
+using namespace vmstate::tests;
+using namespace std::chrono_literals;
+using vhost_user::client_phase;
+using vhost_user::postcopy_clients;
+using vhost_user::request;
+
+namespace {
+
+constexpr std::size_t page = 4096;
+constexpr std::uint64_t huge = std::uint64_t{2} << 20;
+
+/// What the source has: the first word of each small page. Some are zero.
+std::uint64_t word_at_source(std::size_t number) { return number % 5 == 0 ? 0 : number * 0x9e3779b97f4a7c15U; }
+/// Where users of the memory count, so that a page placed over one that is in use is seen.
+std::atomic_ref<std::uint64_t> counter_of(std::span<std::byte> memory, std::size_t number) {
+    return std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(memory.data() + number * page + 8 * 100));
+}
+std::uint64_t word_of(std::span<const std::byte> memory, std::size_t number) {
+    return *reinterpret_cast<const volatile std::uint64_t*>(memory.data() + number * page);
+}
+/// Looks at every page in an order of its own, and counts in it; how many weren't what the source has.
+std::size_t use_every_page(std::span<std::byte> memory, unsigned seed) {
+    std::vector<std::size_t> order(memory.size() / page);
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+    std::size_t wrong = 0;
+    for (const std::size_t number : order) {
+        if (word_of(memory, number) != word_at_source(number)) ++wrong;
+        counter_of(memory, number).fetch_add(1);
+    }
+    return wrong;
+}
+
+ram_block& add_block(ram_section& ram, const std::string& name, const ram_memory& memory) {
+    ram_options options;
+    options.host_page_size = memory.page_size();
+    options.file = memory.file();
+    options.guest_address = 0x100000;
+    ram.insert(std::make_unique<ram_block>(ram_block{name, memory.span(), memory.span().size(), options}));
+    return *ram.find(name);
+}
+
+bool may_run() {
+    if (userfault::open(userfault_scope::user_and_kernel, 0)) return true;
+    skip("no userfaultfd for faults of system calls here (vm.unprivileged_userfaultfd)");
+    return false;
+}
+
+/// A socket's two ends: the front end with what was agreed upon, and what the backend has.
+struct connection {
+    std::shared_ptr<vhost_user::front_end> front;
+    unique_fd back;
+};
+connection connect_backend(const std::string& name, std::chrono::milliseconds patience = 20s,
+    std::uint64_t agreed = vhost_user::protocol_feature::pagefault | vhost_user::protocol_feature::reply_ack) {
+    int ends[2];
+    REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    auto front = std::make_shared<vhost_user::front_end>(unique_fd(ends[0]), name, patience);
+    front->set_protocol_features(agreed);
+    return {front, unique_fd(ends[1])};
+}
+
+/// A destination's part of postcopy, and a source that sends what it is asked for.
+class rig {
+public:
+    explicit rig(const ram_section& blocks, std::vector<vhost_user::shared_region> regions = {})
+        : clients(std::move(regions),
+              [this](const std::string& name, const error& why) {
+                  const std::lock_guard lock(failures_mutex_);
+                  failures_.push_back(name + ": " + why.message());
+              })
+        , ram(blocks), received(page), placer(received), requests(received), decoder(blocks)
+        , faults(placer, requests, statistics, [this](const error& why) {
+              const std::lock_guard lock(failures_mutex_);
+              failures_.push_back("own: " + why.message());
+          }) {
+        for (const auto& block : ram.blocks()) received.add(*block);
+        placer.on_placed([this](ram_block& block, std::uint64_t offset, std::uint64_t size) { clients.placed(block, offset, size); });
+    }
+    ~rig() { end(); }
+
+    result<void> advise() { return clients.advise(ram); }
+    result<void> listen() {
+        if (result<void> started = placer.start(); !started) return started;
+        if (result<void> started = faults.start(); !started) return started;
+        if (result<void> connected = requests.connect([this](const page_request_message& message) -> result<void> {
+                const result<page_request> wanted = decoder.decode(message.type(), message.payload());
+                if (!wanted) return wanted.error();
+                queue.push(*wanted);
+                return {};
+            });
+            !connected)
+            return connected;
+        return clients.listen(faults);
+    }
+    /// Sends what is asked for from now on.
+    void serve() {
+        source_ = std::thread([this] {
+            while (const auto wanted = queue.pop_until(std::chrono::steady_clock::now() + 24h)) static_cast<void>(place(wanted->offset));
+        });
+    }
+    /// The host page of the first block.
+    result<void> place(std::uint64_t offset) {
+        ram_block& block = *ram.blocks().front();
+        std::vector<std::byte> content(static_cast<std::size_t>(block.options.host_page_size));
+        for (std::size_t at = 0; at < content.size(); at += page) {
+            const std::uint64_t word = word_at_source((static_cast<std::size_t>(offset) + at) / page);
+            std::memcpy(content.data() + at, &word, sizeof word);
+        }
+        return placer.place(block, offset, content.data());
+    }
+    /// Nobody touches anything any more.
+    void end() {
+        queue.close();
+        if (source_.joinable()) source_.join();
+        clients.end();
+        faults.stop();
+    }
+    std::vector<std::string> failures() {
+        const std::lock_guard lock(failures_mutex_);
+        return failures_;
+    }
+    client_phase phase_of(std::size_t index) const { return clients.status()[index].phase; }
+
+private:
+    std::mutex failures_mutex_;
+    std::vector<std::string> failures_;
+    std::thread source_;
+
+public:
+    postcopy_clients clients;
+    const ram_section& ram;
+    received_pages received;
+    page_placer placer;
+    page_requests requests;
+    postcopy_statistics statistics;
+    page_request_decoder decoder;
+    page_request_queue queue;
+    fault_thread faults;
+};
+
+/// A machine of 64 pages of a memfd with one block, and a rig for it.
+struct small_rig {
+    explicit small_rig(std::vector<vhost_user::shared_region> regions = {}, std::size_t pages = 64)
+        : memory(ram_memory::memfd("guest", pages * page).value()), block(add_block(ram, "pc.ram", memory)), at(ram, std::move(regions)) {}
+
+    ram_memory memory;
+    ram_section ram;
+    ram_block& block;
+    rig at;
+};
+
+bool wait_for(auto done) {
+    for (int i = 0; i != 20'000 && !done(); ++i) std::this_thread::sleep_for(1ms);
+    return done();
+}
+
+} // namespace
+
+TEST_CASE("backends and the guest get every page, whoever asked for it, from any memory that processes can share") {
+    if (!may_run()) return;
+    const std::string kind = GENERATE("memfd", "/dev/shm", "huge pages");
+    const bool unasked = GENERATE(false, true); // pages also come that nobody asked for
+    CAPTURE(kind, unasked);
+    const bool is_huge = kind == "huge pages";
+    std::optional<huge_pages> reserved;
+    if (is_huge && !reserved.emplace(6).enough()) return skip("no huge pages of 2 MiB to be had");
+    const std::uint64_t size = is_huge ? 6 * huge : 2 * huge;
+    const std::string path = "/dev/shm/vmstate-vhost-user-test-" + std::to_string(::getpid());
+    result<ram_memory> memory = kind == "memfd"      ? ram_memory::memfd("guest", size)
+                                : kind == "/dev/shm" ? ram_memory::file(path, size)
+                                                     : ram_memory::memfd("guest", size, huge);
+    ::unlink(path.c_str());
+    REQUIRE(message_of(memory) == "");
+    ram_section ram;
+    ram_block& block = add_block(ram, "pc.ram", *memory);
+
+    // What precopy brought of it has become old.
+    std::memset(memory->span().data(), 0x55, memory->span().size());
+    REQUIRE(check_postcopy_support(ram));
+    set_transparent_huge_pages(block, false);
+    REQUIRE(discard_range(block, {0, size}));
+
+    rig at(ram);
+    connection one = connect_backend("disk"), other = connect_backend("net");
+    REQUIRE(at.clients.add(one.front));
+    REQUIRE(at.clients.add(other.front));
+    hand_made_backend disk(std::move(one.back)), net(std::move(other.back));
+    disk.start();
+    net.start();
+    REQUIRE(message_of(at.advise()) == "");
+    REQUIRE(message_of(at.listen()) == "");
+    at.serve();
+    REQUIRE(disk.wait_until_registered());
+    REQUIRE(net.wait_until_registered());
+    CHECK(at.phase_of(0) == client_phase::listening);
+
+    std::atomic<std::size_t> wrong = 0;
+    std::vector<std::thread> users;
+    for (unsigned i = 0; i != 2; ++i) {
+        users.emplace_back([&, i] { wrong += use_every_page(disk.memory(), i); });
+        users.emplace_back([&, i] { wrong += use_every_page(net.memory(), 10 + i); });
+    }
+    users.emplace_back([&] { wrong += use_every_page(memory->span(), 20); });
+    std::thread background;
+    if (unasked)
+        background = std::thread([&] {
+            for (std::uint64_t offset = 0; offset != size; offset += block.options.host_page_size) static_cast<void>(at.place(offset));
+        });
+    for (std::thread& user : users) user.join();
+    if (unasked) background.join();
+    at.end();
+
+    CHECK(wrong == 0);
+    CHECK(at.failures() == std::vector<std::string>{});
+    std::size_t overwritten = 0;
+    for (std::size_t number = 0; number != memory->span().size() / page; ++number)
+        if (counter_of(memory->span(), number).load() != users.size()) ++overwritten;
+    CHECK(overwritten == 0);
+    CHECK(at.requests.waiting() == 0);
+    CHECK(at.requests.sent() <= size / block.options.host_page_size);
+    CHECK(disk.has_ended());
+    CHECK(at.phase_of(1) == client_phase::ended);
+    const postcopy_fault_status status = at.statistics.snapshot();
+    REQUIRE(status.clients.size() == 2);
+    CHECK(status.clients[0].name == "disk");
+    CHECK(status.clients[1].name == "net");
+    std::uint64_t all = 0;
+    for (const postcopy_client_status& client : status.clients) {
+        CHECK(client.has_left);
+        all += client.faults;
+        CHECK(client.longest <= client.blocked);
+        CHECK((client.faults == 0) == (client.blocked == 0ns));
+    }
+    if (!unasked) CHECK(all > 0);
+    CHECK(all <= status.faults);
+}
+
+TEST_CASE("who waits for a page goes on when it comes, whoever asked and whether or not it was asked for") {
+    if (!may_run()) return;
+    small_rig small;
+    rig& at = small.at;
+    connection one = connect_backend("disk"), other = connect_backend("net");
+    const result<unsigned> first = at.clients.add(one.front);
+    REQUIRE(at.clients.add(other.front));
+    hand_made_backend disk(std::move(one.back)), net(std::move(other.back));
+    disk.start();
+    net.start();
+    REQUIRE(message_of(at.advise()) == "");
+    REQUIRE(message_of(at.listen()) == "");
+    REQUIRE(disk.wait_until_registered());
+    REQUIRE(net.wait_until_registered());
+
+    // Two backends and the guest wait for one page: it is asked for once.
+    std::atomic<int> right = 0;
+    std::mutex lock_that_others_want;
+    std::vector<std::thread> users;
+    users.emplace_back([&] {
+        const std::lock_guard lock(lock_that_others_want);
+        right += word_of(disk.memory(), 7) == word_at_source(7);
+    });
+    users.emplace_back([&] { right += word_of(net.memory(), 7) == word_at_source(7); });
+    users.emplace_back([&] { right += word_of(small.memory.span(), 7) == word_at_source(7); });
+    // Another one waits for the lock, whose owner waits for the page.
+    users.emplace_back([&] {
+        while (lock_that_others_want.try_lock()) {
+            lock_that_others_want.unlock();
+            if (right != 0) break;
+            std::this_thread::yield();
+        }
+        const std::lock_guard lock(lock_that_others_want);
+        right += word_of(disk.memory(), 11) == word_at_source(11);
+    });
+    CHECK(wait_for([&] { return at.statistics.snapshot().faults >= 3; }));
+    CHECK(at.requests.sent() == 1);
+    CHECK(right == 0);
+    CHECK(at.statistics.snapshot().clients[0].faults == 1);
+    CHECK(at.statistics.snapshot().clients[0].blocked > 0ns); // it waits still
+    // Nobody takes the request: the page comes of its own accord. A backend that comes and goes meanwhile disturbs nobody.
+    connection third = connect_backend("third");
+    hand_made_backend late(std::move(third.back));
+    late.start();
+    const result<unsigned> added = at.clients.add(third.front);
+    CHECK(message_of(added) == "");
+    CHECK(late.wait_until_registered());
+    if (added) at.clients.remove(*added);
+    CHECK(late.has_ended());
+    REQUIRE(at.place(7 * page));
+    CHECK(wait_for([&] { return right >= 3 && at.statistics.snapshot().faults >= 4; }));
+    REQUIRE(at.place(11 * page));
+    for (std::thread& user : users) user.join();
+    CHECK(right == 4);
+
+    // Precopy left it without memory, or the guest: zero it is, and nobody is asked.
+    const std::uint64_t asked = at.requests.sent();
+    at.received.mark(small.block, 20 * page, page);
+    std::thread user([&] { right += word_of(net.memory(), 20) == 0; });
+    user.join();
+    CHECK(right == 5);
+    CHECK(at.requests.sent() == asked);
+    const postcopy_fault_status status = at.statistics.snapshot();
+    CHECK(status.clients[1].already_received == 1);
+    CHECK(status.clients[2].has_left);
+
+    // One leaves, its threads go on; twice is harmless.
+    std::thread left([&] { static_cast<void>(word_of(disk.memory(), 30)); });
+    CHECK(wait_for([&] { return at.requests.waiting() == 1; }));
+    at.clients.remove(*first);
+    at.clients.remove(*first);
+    left.join();
+    CHECK(disk.has_ended());
+    CHECK(at.failures() == std::vector<std::string>{});
+}
+
+TEST_CASE("regions of a block are mapped where the guest has them, and faults in each find their page") {
+    if (!may_run()) return;
+    small_rig small({{"pc.ram", 0, 16 * page, 0}, {"pc.ram", 32 * page, 0, std::uint64_t{4} << 30}});
+    rig& at = small.at;
+    at.serve();
+    connection one = connect_backend("disk");
+    REQUIRE(at.clients.add(one.front));
+    hand_made_backend disk(std::move(one.back));
+    disk.start();
+    REQUIRE(message_of(at.advise()) == "");
+    REQUIRE(message_of(at.listen()) == "");
+    REQUIRE(disk.wait_until_registered());
+    REQUIRE(disk.memory(0).size() == 16 * page);
+    REQUIRE(disk.memory(1).size() == 32 * page);
+    CHECK(word_of(disk.memory(0), 9) == word_at_source(9));
+    CHECK(word_of(disk.memory(1), 9) == word_at_source(32 + 9));
+    at.end();
+    CHECK(at.failures() == std::vector<std::string>{});
+}
+
+TEST_CASE("what no backend can share or do is refused at ADVISE by name, with the remedy") {
+    if (!may_run()) return;
+    {
+        const ram_memory of_its_own = ram_memory::anonymous(8 * page).value();
+        ram_section ram;
+        add_block(ram, "pc.ram", of_its_own);
+        rig at(ram);
+        CHECK(message_of(at.advise()) == ""); // nobody maps it
+        at.clients.end();
+        connection one = connect_backend("disk");
+        REQUIRE(at.clients.add(one.front));
+        const result<void> refused = at.advise();
+        REQUIRE(refused.has_error());
+        CHECK(refused.error().code() == errc::unsupported);
+        for (const char* const word : {"pc.ram", "private", "memfd", "/dev/shm"}) CHECK_THAT(refused.error().message(), contains(word));
+        // Here a list would do.
+    }
+    struct {
+        const char* what;
+        std::vector<vhost_user::shared_region> regions;
+        std::string said;
+    } const lists[] = {
+        {"another block", {{"vga", 0, page, 0}}, "vga"},
+        {"too long", {{"pc.ram", 0, 65 * page, 0}}, "within"},
+        {"part of a page", {{"pc.ram", 0, 100, 0}}, "whole host pages"},
+        {"behind the end", {{"pc.ram", 64 * page, 0, 0}}, "within"},
+        {"over each other", {{"pc.ram", 0, 2 * page, 0}, {"pc.ram", 4 * page, page, page}}, "overlap"},
+        {"too many", std::vector<vhost_user::shared_region>(9, {"pc.ram", 0, page, 0}), "1 to 8"},
+    };
+    for (const auto& list : lists) {
+        CAPTURE(list.what);
+        small_rig small(list.regions);
+        connection one = connect_backend("disk");
+        REQUIRE(small.at.clients.add(one.front));
+        CHECK_THAT(message_of(small.at.advise()), contains(list.said));
+    }
+    {
+        small_rig small;
+        small.block.options.file = {};
+        connection one = connect_backend("disk");
+        REQUIRE(small.at.clients.add(one.front));
+        CHECK_THAT(message_of(small.at.advise()), contains("ram_options.file"));
+    }
+    {
+        small_rig small;
+        connection one = connect_backend("disk", 20s, vhost_user::protocol_feature::reply_ack);
+        REQUIRE(small.at.clients.add(one.front));
+        CHECK_THAT(message_of(small.at.advise()), contains("PAGEFAULT"));
+    }
+    struct {
+        backend_act act;
+        std::string said;
+    } const acts[] = {
+        {backend_act::die, "the end of the connection"},
+        {backend_act::never_answer, "nothing for 30 ms"},
+        {backend_act::refuse, "a payload of 0 bytes"},
+        {backend_act::answer_something_else, "GET_CONFIG"},
+        {backend_act::no_descriptor, "0 descriptors"},
+        {backend_act::other_descriptor, "another descriptor"},
+    };
+    for (const auto& [act, said] : acts) {
+        CAPTURE(said);
+        small_rig small;
+        connection one = connect_backend("net"), other = connect_backend("disk", 30ms);
+        REQUIRE(small.at.clients.add(one.front));
+        REQUIRE(small.at.clients.add(other.front));
+        hand_made_backend good(std::move(one.back)), bad(std::move(other.back), {.at = request::postcopy_advise, .act = act});
+        good.start();
+        bad.start();
+        const result<void> refused = small.at.advise();
+        CHECK_THAT(message_of(refused), contains("vhost-user backend disk/POSTCOPY_ADVISE"));
+        CHECK_THAT(message_of(refused), contains(said));
+        CHECK(small.at.phase_of(1) == client_phase::failed);
+        small.at.clients.end();
+        CHECK(good.has_ended());
+        CHECK(small.at.phase_of(0) == client_phase::ended);
+    }
+}
+
+TEST_CASE("a backend that fails at LISTEN or later is served no more, and costs nobody else a page") {
+    if (!may_run()) return;
+    using table = std::vector<vhost_user::memory_region>;
+    struct {
+        const char* what;
+        backend_script script;
+        std::string said;
+    } const cases[] = {
+        {"dies", {.at = request::postcopy_listen, .act = backend_act::die}, "POSTCOPY_LISTEN"},
+        {"never answers", {.at = request::postcopy_listen, .act = backend_act::never_answer}, "nothing for 30 ms"},
+        {"refuses", {.at = request::postcopy_listen, .act = backend_act::refuse}, "failure 7"},
+        {"dies", {.at = request::set_mem_table, .act = backend_act::die}, "SET_MEM_TABLE"},
+        {"never answers", {.at = request::set_mem_table, .act = backend_act::never_answer}, "nothing for 30 ms"},
+        {"another answer", {.at = request::set_mem_table, .act = backend_act::answer_something_else}, "GET_CONFIG"},
+        {"an empty table", {.answer = [](table& t) { t.clear(); }}, "at least one region"},
+        {"one that overlaps", {.answer = [](table& t) { t.push_back(t.front()); }}, "overlap"},
+        {"more regions than descriptors",
+            {.answer =
+                    [](table& t) {
+                        t.push_back(t.front());
+                        t.back().guest_address += t.back().size;
+                        t.back().user_address += t.back().size;
+                    }},
+            "1 regions"},
+        {"outside of memory", {.answer = [](table& t) { t.front().guest_address += std::uint64_t{1} << 40; }}, "the region"},
+        {"larger than memory", {.answer = [](table& t) { t.front().size *= 2; }}, "the region"},
+        {"an address of no page", {.answer = [](table& t) { t.front().user_address += 8; }}, "whole pages"},
+        {"no address", {.answer = [](table& t) { t.front().user_address = 0; }}, "whole pages"},
+        {"around the end", {.answer = [](table& t) { t.front().user_address = ~std::uint64_t{0} - page; }}, "64 bits"},
+        {"too many", {.answer = [](table& t) { t.resize(9, t.front()); }}, "8 regions"},
+    };
+    for (const auto& one : cases) {
+        CAPTURE(one.what, one.said);
+        small_rig small;
+        rig& at = small.at;
+        connection to_bad = connect_backend("bad", 30ms), to_good = connect_backend("good");
+        REQUIRE(at.clients.add(to_bad.front));
+        REQUIRE(at.clients.add(to_good.front));
+        hand_made_backend bad(std::move(to_bad.back), one.script), good(std::move(to_good.back));
+        bad.start();
+        good.start();
+        CHECK(message_of(at.advise()) == "");
+        CHECK(message_of(at.listen()) == "");
+        at.serve();
+        CHECK(at.phase_of(0) == client_phase::failed);
+        CHECK(at.phase_of(1) == client_phase::listening);
+        REQUIRE(good.wait_until_registered());
+        CHECK(use_every_page(good.memory(), 1) == 0);
+        at.end();
+        REQUIRE(at.failures().size() == 1);
+        CHECK_THAT(at.failures()[0], contains("bad: "));
+        CHECK_THAT(at.failures()[0], contains(one.said));
+        CHECK(at.statistics.snapshot().clients.size() == 1);
+    }
+
+    // At the end: it takes no longer than its patience.
+    for (const backend_act act : {backend_act::die, backend_act::never_answer, backend_act::refuse, backend_act::answer_something_else}) {
+        small_rig small;
+        connection to_bad = connect_backend("bad", 30ms), to_good = connect_backend("good");
+        REQUIRE(small.at.clients.add(to_bad.front));
+        REQUIRE(small.at.clients.add(to_good.front));
+        hand_made_backend bad(std::move(to_bad.back), {.at = request::postcopy_end, .act = act}), good(std::move(to_good.back));
+        bad.start();
+        good.start();
+        CHECK(message_of(small.at.advise()) == "");
+        CHECK(message_of(small.at.listen()) == "");
+        small.at.end();
+        CHECK(good.has_ended());
+        CHECK(small.at.phase_of(0) == client_phase::failed);
+        REQUIRE(small.at.failures().size() == 1);
+        CHECK_THAT(small.at.failures()[0], contains("POSTCOPY_END"));
+    }
+}
+
+TEST_CASE("a backend that touches what its table hasn't is reported and still served") {
+    if (!may_run()) return;
+    small_rig small;
+    rig& at = small.at;
+    connection one = connect_backend("disk");
+    REQUIRE(at.clients.add(one.front));
+    // It says that it has its memory a mapping's length further on than it has.
+    hand_made_backend disk(std::move(one.back),
+        {.answer = [](std::vector<vhost_user::memory_region>& t) { t.front().user_address += 32 * page; }});
+    disk.start();
+    REQUIRE(message_of(at.advise()) == "");
+    REQUIRE(message_of(at.listen()) == "");
+    at.serve();
+    REQUIRE(disk.wait_until_registered());
+    std::thread lost([&] { static_cast<void>(word_of(disk.memory(), 3)); });
+    CHECK(wait_for([&] { return !at.failures().empty(); }));
+    CHECK_THAT(at.failures()[0], contains("disk: "));
+    CHECK_THAT(at.failures()[0], contains("a client's fault in guest memory"));
+    CHECK(at.phase_of(0) == client_phase::listening);
+    // For the page of another number, but it is served: that one is there then, and the end lets the first go on.
+    std::thread served([&] { static_cast<void>(word_of(disk.memory(), 40)); });
+    CHECK(wait_for([&] { return at.received.has(small.block, 8 * page, page); }));
+    at.end();
+    lost.join();
+    served.join();
+    CHECK(disk.has_ended());
+}
