@@ -35,6 +35,7 @@
 #include <vmstate/postcopy/discard_memory.hpp>
 #include <vmstate/postcopy/request_queue.hpp>
 #include <vmstate/postcopy/support.hpp>
+#include <vmstate/vhost_user/client.hpp>
 #include <vmstate/vhost_user/postcopy_clients.hpp>
 
 #include "vhost_user_backend.hpp"
@@ -160,7 +161,7 @@ public:
     void end() {
         queue.close();
         if (source_.joinable()) source_.join();
-        clients.end();
+        clients.end(true);
         faults.stop();
     }
     std::vector<std::string> failures() {
@@ -202,7 +203,271 @@ bool wait_for(auto done) {
     return done();
 }
 
+// ---- backends as processes: this very program, run again with nothing but a hidden test case
+
+/// Ends with the test, and the test's process.
+class backend_process {
+public:
+    /// `dies_at`: the phase in which it kills itself, if any.
+    backend_process(int socket, unsigned seed, std::uint64_t guest_address, const std::string& dies_at = {}) {
+        int pipe[2];
+        if (::pipe2(pipe, O_CLOEXEC) != 0) throw std::runtime_error("pipe");
+        report_.reset(pipe[0]);
+        const unique_fd report_end(pipe[1]);
+        const std::string program = std::filesystem::read_symlink("/proc/self/exe").string();
+        const std::vector<std::string> told{"VMSTATE_BACKEND_SOCKET=" + std::to_string(socket), "VMSTATE_BACKEND_REPORT=" + std::to_string(pipe[1]),
+            "VMSTATE_BACKEND_SEED=" + std::to_string(seed), "VMSTATE_BACKEND_ADDRESS=" + std::to_string(guest_address),
+            "VMSTATE_BACKEND_DIES=" + dies_at};
+        const char* const argv[] = {program.c_str(), "[.backend]", nullptr};
+        std::vector<const char*> environment;
+        for (char** one = environ; *one != nullptr; ++one) environment.push_back(*one);
+        for (const std::string& one : told) environment.push_back(one.c_str());
+        environment.push_back(nullptr);
+        child_ = ::fork();
+        if (child_ < 0) throw std::runtime_error("fork");
+        if (child_ == 0) {
+            ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+            ::fcntl(socket, F_SETFD, 0);
+            ::fcntl(pipe[1], F_SETFD, 0);
+            ::dup2(::open("/dev/null", O_WRONLY), STDOUT_FILENO);
+            ::execve(program.c_str(), const_cast<char* const*>(argv), const_cast<char* const*>(environment.data()));
+            ::_exit(127);
+        }
+    }
+    ~backend_process() { kill(); }
+    backend_process(const backend_process&) = delete;
+    backend_process& operator=(const backend_process&) = delete;
+
+    void kill() {
+        if (child_ <= 0) return;
+        ::kill(child_, SIGKILL);
+        ::waitpid(std::exchange(child_, -1), nullptr, 0);
+    }
+    /// How many pages of those that it has used weren't right; none where it ended before it had used them all.
+    std::optional<std::uint64_t> wait() const {
+        std::uint64_t wrong = 0;
+        return ::read(report_.get(), &wrong, sizeof wrong) == sizeof wrong ? std::optional(wrong) : std::nullopt;
+    }
+
+private:
+    pid_t child_ = -1;
+    unique_fd report_;
+};
+
+constexpr unsigned threads_of_a_backend = 2;
+
+/// A machine whose memory a backend can map.
+struct shared_machine {
+    explicit shared_machine(std::size_t pages)
+        : memory(ram_memory::memfd("guest", pages * page).value()) {
+        ram_options options;
+        options.file = memory.file();
+        options.guest_address = std::uint64_t{1} << 32;
+        REQUIRE(state.add_ram("ram", memory.span(), options));
+    }
+    void fill() {
+        for (std::size_t number = 0; number != memory.span().size() / page; ++number) {
+            const std::uint64_t word = word_at_source(number);
+            if (word != 0) std::memcpy(memory.span().data() + number * page, &word, sizeof word);
+        }
+    }
+
+    ram_memory memory;
+    machine state{{.name = "shared"}};
+    migration::guest control{.stop = [] { return result<void>(); }, .start = [] { return result<void>(); }};
+};
+
 } // namespace
+
+// The part of a backend, see backend_process: with the client of this library, and threads that use all of the memory.
+TEST_CASE("a backend", "[.backend]") {
+    const auto told = [](const char* name) {
+        const char* const value = std::getenv(name);
+        return std::string(value != nullptr ? value : "");
+    };
+    if (told("VMSTATE_BACKEND_SOCKET").empty()) return;
+    const int socket = std::stoi(told("VMSTATE_BACKEND_SOCKET"));
+    const std::uint64_t address = std::stoull(told("VMSTATE_BACKEND_ADDRESS"));
+    const std::string dies = told("VMSTATE_BACKEND_DIES");
+    vhost_user::client backend;
+    std::atomic<bool> over = false;
+    std::atomic<std::uint64_t> wrong = 0;
+    std::atomic<std::size_t> used = 0;
+    std::vector<std::thread> users;
+    for (unsigned i = 0; i != threads_of_a_backend; ++i)
+        users.emplace_back([&, i] {
+            while (!over && backend.postcopy_phase() != vhost_user::phase::running) std::this_thread::sleep_for(1ms);
+            std::vector<std::size_t> order;
+            for (std::size_t done = 0; !over && (order.empty() || done != order.size());) {
+                const std::optional<vhost_user::memory_access> access = backend.access();
+                if (!access || access->table().empty()) continue;
+                if (order.empty()) {
+                    order.resize(access->table().entries().front().own.size() / page);
+                    std::iota(order.begin(), order.end(), std::size_t{0});
+                    std::shuffle(order.begin(), order.end(), std::mt19937(static_cast<unsigned>(std::stoul(told("VMSTATE_BACKEND_SEED"))) + i));
+                }
+                if (dies == "running" && ++used == order.size() / 4) ::kill(::getpid(), SIGKILL);
+                const std::span<std::byte> memory = access->table().at_guest(address + order[done] * page, page);
+                if (word_of(memory, 0) != word_at_source(order[done])) ++wrong;
+                counter_of(memory, 0).fetch_add(1);
+                ++done;
+            }
+        });
+    std::thread messages([&] {
+        for (;;) {
+            auto got = vhost_user::receive_message(socket);
+            if (!got || !*got) break;
+            if (to_string((*got)->request) == dies) ::kill(::getpid(), SIGKILL);
+            const auto handled = backend.handle(socket, **got);
+            if (handled && *handled != vhost_user::handling::answered) static_cast<void>(backend.acknowledge(socket, **got, true));
+            if (!handled) break;
+        }
+        over = true;
+        backend.disconnect();
+    });
+    for (std::thread& user : users) user.join();
+    const std::uint64_t count = wrong;
+    if (!over) static_cast<void>(!::write(std::stoi(told("VMSTATE_BACKEND_REPORT")), &count, sizeof count));
+    messages.join();
+}
+
+TEST_CASE("two backends in processes of their own use a machine's memory while postcopy brings it") {
+    const bool preempt = GENERATE(false, true);
+    const bool breaks = GENERATE(false, true); // the connection, while they wait for pages
+    CAPTURE(preempt, breaks);
+    constexpr std::size_t pages = 2048;
+    shared_machine from(pages), to(pages);
+    if (const result<void> can = check_postcopy_support(*to.state.ram()); !can) return skip(can.error().message());
+    from.fill();
+    const std::uint64_t address = to.state.ram()->blocks().front()->options.guest_address;
+    postcopy_clients clients;
+    std::vector<std::unique_ptr<backend_process>> processes;
+    const auto start = [&](const std::string& name, const std::string& dies_at) {
+        connection one = connect_backend(name, 20s, 0);
+        processes.push_back(std::make_unique<backend_process>(one.back.get(), static_cast<unsigned>(10 * processes.size()), address, dies_at));
+        one.back.reset();
+        CHECK(message_of(one.front->negotiate(0, vhost_user::protocol_feature::pagefault | vhost_user::protocol_feature::reply_ack)) == "");
+        CHECK(message_of(clients.add(one.front)) == "");
+    };
+    start("disk", "");
+    start("net", "");
+    // One that dies on the way costs the others nothing.
+    const std::string dies_at = preempt ? "running" : breaks ? "POSTCOPY_LISTEN" : "SET_MEM_TABLE";
+    start("third", dies_at);
+
+    migration::parameters settings{.postcopy_ram = true, .postcopy_preempt = preempt, .max_postcopy_bandwidth = 16u << 20};
+    std::thread guest;
+    std::atomic<std::size_t> wrong = 0;
+    to.control.start = [&]() -> result<void> {
+        guest = std::thread([&] { wrong += use_every_page(to.memory.span(), 99); });
+        return {};
+    };
+    migration::destination destination(to.state, to.control, settings);
+    destination.add_postcopy_observer(clients);
+    const temporary_directory directory;
+    REQUIRE(destination.listen("unix:" + (directory / "socket").string()));
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(); });
+    migration::source source(from.state, from.control, settings);
+    CHECK(message_of(source.start(destination.uri())) == "");
+    CHECK(message_of(source.start_postcopy()) == "");
+    if (breaks) {
+        CHECK(wait_for([&] { return destination.status().postcopy.faults.faults > 50; }));
+        destination.pause();
+        const auto is_paused = [](const auto& side) { return side.status().state == migration::state::postcopy_paused; };
+        CHECK(wait_for([&] { return is_paused(source) && is_paused(destination); }));
+        // Whoever touches a page that isn't there waits through it.
+        CHECK(wait_for([&] { return destination.status().postcopy.waiting >= 3; }));
+        CHECK(message_of(destination.recover("unix:" + (directory / "again").string())) == "");
+        CHECK(message_of(source.recover("unix:" + (directory / "again").string())) == "");
+    }
+    const result<void> left = source.wait();
+    receiving.join();
+    if (guest.joinable()) guest.join();
+    CHECK(message_of(left) == "");
+    CHECK(message_of(arrived) == "");
+    CHECK(processes[0]->wait() == 0u);
+    CHECK(processes[1]->wait() == 0u);
+    CHECK_FALSE(processes[2]->wait());
+    CHECK(wrong == 0);
+    std::size_t overwritten = 0;
+    for (std::size_t number = 0; number != pages; ++number) {
+        const std::uint64_t counted = counter_of(to.memory.span(), number).load();
+        const std::uint64_t expected = 2 * threads_of_a_backend + 1;
+        if (counted < expected || counted > expected + (dies_at == "running" ? threads_of_a_backend : 0)) ++overwritten;
+    }
+    CHECK(overwritten == 0);
+
+    const auto status = destination.status();
+    REQUIRE(status.postcopy.faults.clients.size() == (dies_at == "running" ? 3 : 2));
+    for (std::size_t i = 0; i != 2; ++i) {
+        const postcopy_client_status& one = status.postcopy.faults.clients[i];
+        CAPTURE(one.name, one.faults, one.blocked.count(), one.longest.count());
+        CHECK(one.faults > 0);
+        CHECK(one.blocked > 0ns);
+        CHECK(one.longest <= one.blocked);
+        CHECK(clients.status()[i].phase == client_phase::ended);
+    }
+    CHECK(clients.status()[2].phase == client_phase::failed);
+    CHECK(status.postcopy.interruptions == (breaks ? 1u : 0u));
+}
+
+TEST_CASE("backends learn of a migration that fails by the end of their connection, and of one without postcopy by name") {
+    constexpr std::size_t pages = 256;
+    const std::string way = GENERATE("given up", "precopy", "ADVISE fails");
+    CAPTURE(way);
+    shared_machine from(pages), to(pages);
+    if (const result<void> can = check_postcopy_support(*to.state.ram()); !can) return skip(can.error().message());
+    from.fill();
+    postcopy_clients clients;
+    connection one = connect_backend("disk", 20s, way == "ADVISE fails" ? 0 : vhost_user::protocol_feature::pagefault);
+    REQUIRE(clients.add(one.front));
+    hand_made_backend disk(std::move(one.back));
+    disk.start();
+    migration::parameters settings{.postcopy_ram = true, .max_postcopy_bandwidth = 64 << 10};
+    migration::destination destination(to.state, to.control, settings);
+    destination.add_postcopy_observer(clients);
+    const temporary_directory directory;
+    REQUIRE(destination.listen("unix:" + (directory / "socket").string()));
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(); });
+    migration::source source(from.state, from.control, settings);
+    CHECK(message_of(source.start(destination.uri())) == "");
+    std::thread user;
+    if (way == "given up") {
+        CHECK(message_of(source.start_postcopy()) == "");
+        CHECK(disk.wait_until_registered());
+        user = std::thread([&] { static_cast<void>(word_of(disk.memory(), pages - 1)); });
+        CHECK(wait_for([&] {
+            const auto now = destination.status();
+            return now.state == migration::state::postcopy_active && now.postcopy.faults.faults > 0;
+        }));
+        destination.give_up();
+    }
+    receiving.join();
+    if (way == "given up") {
+        CHECK(wait_for([&] { return source.status().state == migration::state::postcopy_paused; }));
+        CHECK(message_of(source.give_up()) == "");
+    }
+    const result<void> left = source.wait();
+    if (way == "given up") {
+        CHECK(arrived.has_error());
+        CHECK(clients.status()[0].phase == client_phase::failed);
+        CHECK_FALSE(disk.has_ended());
+        disk.stop(); // at the end of the connection a backend lets its threads go on
+        user.join();
+    } else if (way == "precopy") {
+        CHECK(message_of(arrived) == "");
+        CHECK(message_of(left) == "");
+        CHECK(disk.has_ended());
+        CHECK(clients.status()[0].phase == client_phase::ended);
+    } else {
+        CHECK_THAT(message_of(arrived), contains("postcopy"));
+        CHECK_THAT(message_of(arrived), contains("PAGEFAULT"));
+        CHECK(left.has_error());
+        CHECK(clients.status()[0].phase == client_phase::failed);
+    }
+}
 
 TEST_CASE("backends and the guest get every page, whoever asked for it, from any memory that processes can share") {
     if (!may_run()) return;
@@ -387,7 +652,7 @@ TEST_CASE("what no backend can share or do is refused at ADVISE by name, with th
         add_block(ram, "pc.ram", of_its_own);
         rig at(ram);
         CHECK(message_of(at.advise()) == ""); // nobody maps it
-        at.clients.end();
+        at.clients.end(true);
         connection one = connect_backend("disk");
         REQUIRE(at.clients.add(one.front));
         const result<void> refused = at.advise();
@@ -452,7 +717,7 @@ TEST_CASE("what no backend can share or do is refused at ADVISE by name, with th
         CHECK_THAT(message_of(refused), contains("vhost-user backend disk/POSTCOPY_ADVISE"));
         CHECK_THAT(message_of(refused), contains(said));
         CHECK(small.at.phase_of(1) == client_phase::failed);
-        small.at.clients.end();
+        small.at.clients.end(true);
         CHECK(good.has_ended());
         CHECK(small.at.phase_of(0) == client_phase::ended);
     }

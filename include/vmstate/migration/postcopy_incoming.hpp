@@ -220,7 +220,7 @@ public:
         requests_.disconnect();
         if (listen_.joinable()) listen_.join();
         end_preempt();
-        for (postcopy_observer* const who : advised_) who->end();
+        for (postcopy_observer* const who : advised_) who->end(!faults_ || progress_.now() == postcopy_state::end);
         advised_.clear();
         if (faults_) faults_->stop();
         faults_.reset();

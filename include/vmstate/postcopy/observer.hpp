@@ -29,9 +29,9 @@ public:
     /// A host page has come and is in memory: whoever waits for it in a mapping of their own has to be woken. On any thread,
     /// and on several at once.
     virtual void placed(ram_block& block, std::uint64_t offset, std::uint64_t size) noexcept = 0;
-    /// Nothing comes any more: every page is there, or, where the migration has failed, never will be. The fault thread is
-    /// still there, and isn't afterwards.
-    virtual void end() noexcept = 0;
+    /// Nothing comes any more. `complete`: every page is there; otherwise the migration has failed, and what is missing never
+    /// comes. The fault thread is still there, and isn't afterwards.
+    virtual void end(bool complete) noexcept = 0;
 };
 
 } // namespace vmstate

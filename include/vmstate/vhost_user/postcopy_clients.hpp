@@ -53,7 +53,7 @@ enum class client_phase {
     advised,   ///< has handed over its userfaultfd
     listening, ///< has its table of memory, and may fault
     ended,     ///< was told of the end, or left
-    failed,    ///< has gone, or did what can't be meant: it is served no more, and its connection is shut down
+    failed,    ///< has gone, or did what can't be meant, or the migration has failed: it is served no more
 };
 
 constexpr std::string_view to_string(client_phase at) noexcept {
@@ -142,7 +142,7 @@ public:
     /// What backends map; empty: every RAM block as a whole, at its `ram_options::guest_address`.
     explicit postcopy_clients(std::vector<shared_region> regions = {}, failure_function on_failure = {})
         : wanted_(std::move(regions)), on_failure_(std::move(on_failure)) {}
-    ~postcopy_clients() override { end(); }
+    ~postcopy_clients() override { end(false); }
 
     /// A backend with which protocol features were agreed upon, PAGEFAULT among them; a number for `remove`. Where postcopy
     /// is under way already, this tells it all that it has to know, and its failure is none of the migration's.
@@ -159,8 +159,8 @@ public:
         clients_.push_back(one);
         return one->number;
     }
-    /// It leaves: it is told of postcopy's end where it still listens, so that its threads go on, and its descriptors are
-    /// closed. Harmless for one that is gone.
+    /// It leaves: it is told of postcopy's end where it still listens, so that its threads go on (it should use no guest
+    /// memory by then), and its descriptors are closed. Harmless for one that is gone.
     void remove(unsigned number) {
         const std::lock_guard lock(phase_mutex_);
         const auto found = std::find_if(
@@ -168,7 +168,7 @@ public:
         if (found == clients_.end()) return;
         const std::shared_ptr<client> one = *found;
         clients_.erase(found);
-        end({&one, 1});
+        say_end({&one, 1});
     }
     /// Of those that were added and not removed.
     std::vector<client_status> status() const {
@@ -207,9 +207,14 @@ public:
         // That one of them isn't there any more is seen elsewhere.
         for (const std::shared_ptr<const detail::client_memory>& one : mapped_) static_cast<void>(one->wake(block, offset, size));
     }
-    void end() noexcept override {
+    void end(bool complete) noexcept override {
         const std::lock_guard lock(phase_mutex_);
-        end(clients_);
+        // What they would take for the guest's memory isn't: that they are told by the end of the connection.
+        if (!complete)
+            for (const std::shared_ptr<client>& one : clients_)
+                if (one->phase == client_phase::listening && !is_over(*one))
+                    fail(*one, one->connection->within(request::postcopy_end, error(errc::io, "all of the memory", "a migration that has failed")));
+        say_end(clients_);
         faults_ = nullptr;
         ram_ = nullptr;
         advised_ = false;
@@ -389,7 +394,7 @@ private:
         one.fault.reset();
     }
     /// POSTCOPY_END, to all of them first, so that they see to it at the same time.
-    void end(std::span<const std::shared_ptr<client>> leaving) {
+    void say_end(std::span<const std::shared_ptr<client>> leaving) {
         std::vector<std::pair<client*, front_end::pending_answer>> asked;
         for (const std::shared_ptr<client>& one : leaving) {
             // What it still waits for it gets by this; and that it goes now is no failure.
