@@ -656,6 +656,9 @@ TEST_CASE("memory of pages of 1 GiB goes in postcopy, by whole pages", "[.giant]
     CHECK(message_of(source.wait()) == "");
     receiving.join();
     REQUIRE(message_of(arrived) == "");
+    to.stop();
+    CHECK(to.count_wrong() == 0);
+}
 
 TEST_CASE("a migration that may go on in postcopy, and needn't, ends as any other") {
     const bool preempt = GENERATE(false, true);
