@@ -5,8 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -63,6 +65,9 @@ public:
     /// POSTCOPY_LISTEN, in a package: what follows the package in the stream is read by whoever hears this, from `rest` on,
     /// and by nobody else any more. The section of the memory has this id there.
     virtual result<void> listen(reader& rest, std::uint32_t ram_section_id) = 0;
+    /// A package is loaded but for the PING that is about to be answered and the POSTCOPY_RUN behind it. The source takes the
+    /// answer for the guest's being run there: from here on it is, whatever becomes of the connection.
+    virtual result<void> about_to_run() = 0;
     /// POSTCOPY_RUN: the package was loaded; nothing follows in it.
     virtual result<void> run() = 0;
 };
@@ -535,7 +540,7 @@ private:
         if (format.length && *format.length != length)
             done = error(errc::bad_command, std::to_string(*format.length) + " bytes", std::to_string(length));
         else if (number == command::ping)
-            done = obey(number, length);
+            done = ping_in_package(length);
         else if (number == command::postcopy_listen)
             done = listen(rest);
         else if (number == command::postcopy_run)
@@ -549,6 +554,15 @@ private:
         for (const auto& [section_id, entry] : by_section_id_)
             if (entry->ram() != nullptr) return options_.postcopy->listen(rest, section_id);
         return error(errc::bad_command, "a section of memory that has begun and not ended", "none");
+    }
+    result<void> ping_in_package(std::uint16_t length) {
+        constexpr std::array<std::uint8_t, 5> run_command{static_cast<std::uint8_t>(section_type::command), 0,
+            static_cast<std::uint8_t>(command::postcopy_run), 0, 0};
+        const bool is_last = in_->remaining() == length + run_command.size() &&
+                             std::memcmp(in_->cursor() + length, run_command.data(), run_command.size()) == 0;
+        if (is_last)
+            if (result<void> ready = options_.postcopy->about_to_run(); !ready) return ready;
+        return obey(command::ping, length);
     }
     result<void> run() {
         if (result<void> done = options_.postcopy->run(); !done) return done;

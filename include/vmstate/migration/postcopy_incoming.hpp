@@ -149,10 +149,17 @@ public:
         return start_listening(
             [this, &rest, records = machine_.ram()->records()] { return serve_main(rest, records, true); });
     }
-    result<void> run() override {
+    result<void> about_to_run() override {
         const std::lock_guard lock(session_mutex_);
         // Of a connection that broke before, the source's guest runs on.
         if (failure_) return *failure_;
+        will_run_ = true;
+        return {};
+    }
+    result<void> run() override {
+        const std::lock_guard lock(session_mutex_);
+        // Of one that breaks behind the answer to that PING nobody knows whether the source has heard it.
+        if (failure_ && !will_run_) return *failure_;
         if (result<void> step = progress_.enter(postcopy_state::running); !step) return step;
         running_ = true;
         return {};
@@ -238,7 +245,7 @@ public:
         if (preempt_channel_) preempt_channel_->shutdown();
         changed_.notify_all();
         // The main thread may be waiting for a page, in a device's post_load: it is to come back and find out.
-        if (listening_ && !running_ && placer_)
+        if (listening_ && !running_ && !will_run_ && placer_)
             received_.for_each_block(
                 [&](const ram_block& block) { static_cast<void>(placer_->fault().remove(block.used())); });
     }
@@ -563,6 +570,7 @@ private:
     bool over_ = true;             ///< nobody is to hear of failures any more
     bool preempt_ended_ = false;
     bool listening_ = false;
+    bool will_run_ = false; ///< all but RUN is loaded, and the source told so
     bool running_ = false;
     std::uint64_t bytes_ = 0;
     std::thread listen_;
