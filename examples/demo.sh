@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSL-1.0
 # Sets a Debian 12 or 13 machine up, builds the examples, and shows the main job: a real QEMU is saved to a file while
 # it runs, the file is loaded into a vmstate::machine and saved again, and a second QEMU goes on with what we wrote. Then
-# a machine of our own migrates live from one process to another.
+# a machine of our own migrates live from one process to another, and once more by postcopy.
 # The first time most of it is waiting for the compiler.
 #
 #   --no-install     take the machine as it is
@@ -163,6 +163,18 @@ if ! cmake --build "$build" -j "$jobs" --target live_machine >"$work/live.log" 2
     echo "SKIPPED: it does not build here; its guest takes clang and objcopy: $(tail -n 1 "$work/live.log")"
     exit 0
 fi
+# came_through HERE THERE: each line is "tick N"; the last one may be cut, where the program ended.
+came_through() {
+    local before
+    before=$(lines_in "$1")
+    echo "the last that its guest said here, and the first that it says there:"
+    tail -n 2 "$1" | sed 's/^/    here   /'
+    head -n 3 "$2" | sed 's/^/    there  /'
+    cat "$1" "$2" >"$work/ticks"
+    head -n "$(lines_in "$work/ticks")" "$work/ticks" | awk '$0 != "tick " NR { print "line " NR ": " $0; exit 1 }' ||
+        die "a tick was lost"
+    [ "$(lines_in "$work/ticks")" -gt "$before" ] || die "the guest did not go on"
+}
 "$live" incoming "unix:$work/live.sock" --serial "$work/there" --for 2 2>"$work/there.log" &
 pids+=($!)
 wait_for "the destination to listen" test -S "$work/live.sock"
@@ -171,14 +183,26 @@ timeout "$patience" "$live" run --migrate-to "unix:$work/live.sock" --after 2 --
     --work-memory 4M --serial "$work/here" ||
     die "it could not migrate"
 wait "${pids[-1]}" || die "the guest did not end well: $(tail -n 3 "$work/there.log")"
-here=$(lines_in "$work/here")
-echo "the last that its guest said here, and the first that it says there:"
-tail -n 2 "$work/here" | sed 's/^/    here   /'
-head -n 3 "$work/there" | sed 's/^/    there  /'
-# Each line is "tick N"; the last one may be cut, where the program ended.
-cat "$work/here" "$work/there" >"$work/ticks"
-head -n "$(lines_in "$work/ticks")" "$work/ticks" | awk '$0 != "tick " NR { print "line " NR ": " $0; exit 1 }' ||
-    die "a tick was lost"
-[ "$(lines_in "$work/ticks")" -gt "$here" ] || die "the guest did not go on"
+came_through "$work/here" "$work/there"
 echo
 echo "No tick was lost; the guest checks all of its memory and found nothing amiss."
+
+step "9. Postcopy: the guest goes on there at once, and its memory follows it, what it touches first"
+"$live" incoming "unix:$work/postcopy.sock" --postcopy-preempt --serial "$work/there.postcopy" --for 1 2>"$work/postcopy.log" &
+pids+=($!)
+listens_or_has_ended() { [ -S "$work/postcopy.sock" ] || ! kill -0 "${pids[-1]}" 2>/dev/null; }
+wait_for "the destination to listen" listens_or_has_ended
+if ! kill -0 "${pids[-1]}" 2>/dev/null; then
+    echo "SKIPPED: $(tail -n 1 "$work/postcopy.log")"
+    exit 0
+fi
+# Slow enough for a guest to be ahead of its memory.
+timeout "$patience" "$live" run --migrate-to "unix:$work/postcopy.sock" --after 1 --postcopy-after 0.2s --postcopy-preempt \
+    --max-bandwidth 4M --max-postcopy-bandwidth 4M --dirty-rate 2000 --work-memory 4M --serial "$work/here.postcopy" ||
+    die "it could not migrate"
+wait "${pids[-1]}" || die "the guest did not end well: $(tail -n 3 "$work/postcopy.log")"
+came_through "$work/here.postcopy" "$work/there.postcopy"
+echo "what the destination says of the pages that its guest had to wait for:"
+sed -n '/^the guest waited/,$s/^/    /p' "$work/postcopy.log"
+echo
+echo "No tick was lost, and no page: the guest ran without most of its memory, and found all of it."

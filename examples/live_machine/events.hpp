@@ -30,7 +30,7 @@ public:
         ::sigaddset(&ending, SIGINT);
         ::sigaddset(&ending, SIGTERM);
         ::pthread_sigmask(SIG_BLOCK, &ending, nullptr);
-        signals_.reset(::signalfd(-1, &ending, SFD_CLOEXEC));
+        signals_.reset(::signalfd(-1, &ending, SFD_CLOEXEC | SFD_NONBLOCK));
         news_.reset(::eventfd(0, EFD_CLOEXEC));
     }
 
@@ -38,6 +38,11 @@ public:
     void tell() const {
         const std::uint64_t one = 1;
         [[maybe_unused]] const ssize_t written = ::write(news_.get(), &one, sizeof one);
+    }
+    /// After `interrupted`, which is said again and again otherwise: the next one is of another signal.
+    void take_interruption() const {
+        ::signalfd_siginfo signal{};
+        [[maybe_unused]] const ssize_t taken = ::read(signals_.get(), &signal, sizeof signal);
     }
     /// Without a deadline: for as long as it takes.
     what wait(std::optional<clock::time_point> deadline = {}) const {

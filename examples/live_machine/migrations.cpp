@@ -72,7 +72,9 @@ void outbound::follow() {
             else wake = switch_at;
         }
         if (at.state == state::postcopy_paused) {
-            if (options_.recover_uri.empty()) {
+            if (interruptions_ > 1) {
+                static_cast<void>(source_.give_up());
+            } else if (options_.recover_uri.empty()) {
                 report_.no_recovery();
                 static_cast<void>(source_.give_up());
             } else if (clock::now() >= next_try) {
@@ -82,17 +84,24 @@ void outbound::follow() {
             }
             wake = next_try;
         }
-        if (events_.wait(wake) == events::what::interrupted) end();
+        if (events_.wait(wake) == events::what::interrupted && end()) break;
     }
 }
 
-/// A guest that has left can't be taken back: that is said first, and the second time it is given up.
-void outbound::end() {
-    ++interruptions_;
-    if (!is_postcopy(source_.status().state)) return source_.cancel();
-    if (interruptions_ == 1) return report_.no_way_back();
-    static_cast<void>(source_.pause());
-    static_cast<void>(source_.give_up());
+/// Whether it is over. A guest that has left can't be taken back: that is said first, and the second time it is given up.
+bool outbound::end() {
+    if (!is_postcopy(source_.status().state)) {
+        source_.cancel();
+        return !is_postcopy(source_.status().state);
+    }
+    events_.take_interruption();
+    if (++interruptions_ == 1) {
+        report_.no_way_back();
+    } else {
+        static_cast<void>(source_.pause());
+        static_cast<void>(source_.give_up());
+    }
+    return false;
 }
 
 // ---- the guest comes --------------------------------------------------------------------------------------------
@@ -129,7 +138,7 @@ vmstate::result<void> inbound::receive() {
     while (!is_over.load()) {
         std::optional<clock::time_point> wake;
         if (destination_.status().state == state::postcopy_paused && !recover()) wake = clock::now() + breath;
-        if (events_.wait(wake) == events::what::interrupted) end();
+        if (events_.wait(wake) == events::what::interrupted && end()) break;
     }
     receiving.join();
     return arrived;
@@ -148,11 +157,15 @@ bool inbound::recover() {
     return listening.has_value();
 }
 
-void inbound::end() {
-    ++interruptions_;
-    if (!is_postcopy(destination_.status().state)) return destination_.cancel();
-    if (interruptions_ == 1) return report_.no_way_back();
-    destination_.give_up();
+bool inbound::end() {
+    if (!is_postcopy(destination_.status().state)) {
+        destination_.cancel();
+        return !is_postcopy(destination_.status().state);
+    }
+    events_.take_interruption();
+    if (++interruptions_ == 1) report_.no_way_back();
+    else destination_.give_up();
+    return false;
 }
 
 } // namespace live

@@ -63,7 +63,7 @@ public:
 
 private:
     void follow();
-    void end();
+    bool end();
 
     const migration_options& options_;
     const events& events_;
@@ -84,7 +84,7 @@ public:
     vmstate::migration::status status() const { return destination_.status(); }
 
 private:
-    void end();
+    bool end();
     bool recover();
 
     const migration_options& options_;

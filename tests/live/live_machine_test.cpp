@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: BSL-1.0
 // examples/live_machine: a guest moves between processes while it counts and checks its memory. No tick is lost, none
-// comes twice, and no page is lost or stale; whatever becomes of the destination, the guest goes on somewhere.
+// comes twice, and no page is lost or stale; whatever becomes of the destination, the guest goes on somewhere. In postcopy it
+// goes on while its memory follows, also over connections that break.
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +25,8 @@
 #include <functional>
 #include <iterator>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -27,7 +36,12 @@
 
 #include <boost/json.hpp>
 
+#include <vmstate/stream/connect.hpp>
+#include <vmstate/stream/listener.hpp>
+#include <vmstate/stream/socket_channel.hpp>
+
 #include <support/catch.hpp>
+#include <support/huge_pages.hpp>
 #include <support/qemu.hpp>
 
 using namespace vmstate::tests;
@@ -45,7 +59,8 @@ constexpr auto patience = 60s;
 /// A run of live_machine; ends with the test.
 class process {
 public:
-    explicit process(const std::vector<std::string>& arguments) {
+    /// `prepare` is called in the child before; false ends it.
+    explicit process(const std::vector<std::string>& arguments, bool (*prepare)() = nullptr) {
         int ends[2];
         if (::pipe2(ends, O_CLOEXEC) != 0) throw std::runtime_error("pipe");
         child_ = ::fork();
@@ -53,6 +68,7 @@ public:
         if (child_ == 0) {
             ::prctl(PR_SET_PDEATHSIG, SIGKILL);
             ::dup2(ends[1], STDERR_FILENO);
+            if (prepare != nullptr && !prepare()) ::_exit(126);
             std::vector<char*> argv{const_cast<char*>("live_machine")};
             for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
             argv.push_back(nullptr);
@@ -185,6 +201,11 @@ struct machine_kind {
     arguments busy() const {
         if (is_kvm()) return {"--tick-interval", "20", "--dirty-rate", "500", "--dirty-share", "25", "--work-memory", "2M"};
         return {"--tick-interval", "20", "--dirty-rate", "2000", "--dirty-share", "25"};
+    }
+    /// The same, of a guest that touches its memory faster than it comes in postcopy.
+    arguments hasty() const {
+        if (is_kvm()) return {"--tick-interval", "20", "--dirty-rate", "2000", "--dirty-share", "25", "--work-memory", "6M"};
+        return busy();
     }
 };
 const machine_kind riscv{"riscv", "marked"};
@@ -459,6 +480,291 @@ TEST_CASE("the processor is KVM's where there is one, and fits the dirty log") {
         CHECK_THAT(std::string(one.wait_for("failed").at("error").as_string()), contains("dirty log"));
         CHECK(one.wait() == 1);
     }
+}
+
+namespace {
+
+/// Between two processes that are connected: unix sockets, and all that is connected breaks when it is told to.
+class wire {
+public:
+    wire(const std::string& here, std::string there) : there_(std::move(there)), listener_(listen(here)) {
+        accepting_ = std::thread([this] { accept(); });
+    }
+    ~wire() {
+        listener_.cancel();
+        accepting_.join();
+        cut();
+        for (std::thread& one : carriers_) one.join();
+    }
+    wire(const wire&) = delete;
+    wire& operator=(const wire&) = delete;
+
+    void cut() {
+        const std::lock_guard lock(ends_mutex_);
+        for (const auto& end : ends_) ::shutdown(end->native_handle(), SHUT_RDWR);
+    }
+
+private:
+    static vmstate::socket_listener listen(const std::string& uri) {
+        auto listener = vmstate::socket_listener::listen(uri);
+        if (!listener) throw std::runtime_error(listener.error().message());
+        return std::move(*listener);
+    }
+    static std::shared_ptr<vmstate::socket_channel> socket_of(std::unique_ptr<vmstate::duplex_channel> channel) {
+        return std::shared_ptr<vmstate::socket_channel>(dynamic_cast<vmstate::socket_channel*>(channel.release()));
+    }
+    void accept() {
+        for (;;) {
+            auto accepted = listener_.accept();
+            if (!accepted) return;
+            auto connected = vmstate::connect(there_);
+            if (!connected) continue; // and who connected here finds it closed
+            const auto one = socket_of(std::move(*accepted));
+            const auto other = socket_of(std::move(*connected));
+            const std::lock_guard lock(ends_mutex_);
+            ends_.insert(ends_.end(), {one, other});
+            carriers_.emplace_back([one, other] { carry(one->native_handle(), other->native_handle()); });
+            carriers_.emplace_back([one, other] { carry(other->native_handle(), one->native_handle()); });
+        }
+    }
+    static void carry(int from, int to) {
+        std::vector<char> bytes(64 << 10);
+        for (ssize_t got = 0; (got = ::recv(from, bytes.data(), bytes.size(), 0)) > 0;)
+            for (ssize_t done = 0; done < got;) {
+                const ssize_t sent = ::send(to, bytes.data() + done, static_cast<std::size_t>(got - done), MSG_NOSIGNAL);
+                if (sent <= 0) {
+                    ::shutdown(from, SHUT_RDWR);
+                    break;
+                }
+                done += sent;
+            }
+        for (const int end : {from, to}) ::shutdown(end, SHUT_RDWR);
+    }
+
+    const std::string there_;
+    vmstate::socket_listener listener_;
+    std::mutex ends_mutex_; ///< ends_
+    std::vector<std::shared_ptr<vmstate::socket_channel>> ends_;
+    std::vector<std::thread> carriers_; ///< the accepting thread's
+    std::thread accepting_;
+};
+
+/// Why there can't be a postcopy of such a machine to here.
+std::string cannot_postcopy(const machine_kind& kind) {
+    if (const std::string why = missing(kind); !why.empty()) return why;
+    process one(arguments{"run", "--json", "--for", "0", "--serial", "/dev/null", "--migrate-to", "file:/dev/null", "--come-back",
+                    "unix:/nowhere", "--after", "0", "--times", "0", "--postcopy"} + kind.as_arguments());
+    if (one.wait() == 0) return "";
+    if (one.said().find("userfaultfd") == std::string::npos) throw std::runtime_error(one.said());
+    return "postcopy can't be had here: " + one.said();
+}
+
+std::uint64_t number(const boost::json::object& event, const char* name) { return event.at(name).to_number<std::uint64_t>(); }
+
+/// What a guest that came by postcopy has waited for, with its parts in keeping with each other.
+std::uint64_t count_waits(const boost::json::object& arrived) {
+    std::uint64_t waits = 0;
+    for (const boost::json::value& one : arrived.at("latencies").as_array()) waits += one.to_number<std::uint64_t>();
+    CHECK(waits + number(arrived, "already-received") == number(arrived, "faults"));
+    if (waits != 0) CHECK(arrived.at("latency-mean-us").to_number<double>() <= arrived.at("latency-max-us").to_number<double>());
+    CHECK(number(arrived, "latency-median-below-us") <= number(arrived, "latency-99-percent-below-us"));
+    return waits;
+}
+
+} // namespace
+
+TEST_CASE("a guest runs on at the destination before its memory is there, without a lost tick") {
+    struct way {
+        machine_kind kind;
+        bool preempt;
+        std::string after; ///< what the precopy lasts
+        bool huge = false;
+    };
+    const way how = GENERATE(way{riscv, false, "1"}, way{riscv, true, "0.1s"}, way{kvm, false, "0"}, way{{"kvm", "kvm-ring"}, true, "0.1s"},
+        way{riscv, false, "0", true}, way{kvm, true, "0", true});
+    CAPTURE(how.kind.cpu, how.kind.log, how.preempt, how.after, how.huge);
+    if (const std::string why = cannot_postcopy(how.kind); !why.empty()) return skip(why);
+    const huge_pages reserved(how.huge ? 16 : 0); // of both sides
+    if (!reserved.enough()) return skip("no 16 huge pages of 2 MiB to be had");
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    const std::string uri = "unix:" + path("socket");
+    arguments common = arguments{"--json", "--memory", "16M", how.preempt ? "--postcopy-preempt" : "--postcopy"} + how.kind.as_arguments();
+    if (how.huge) common = common + arguments{"--huge-pages"};
+
+    process destination(arguments{"incoming", uri, "--serial", path("after")} + common);
+    destination.wait_for("waiting");
+    process source(arguments{"run", "--serial", path("before"), "--migrate-to", uri, "--after", how.kind.is_kvm() ? "1" : "0.3",
+                       "--postcopy-after", how.after, "--max-bandwidth", how.after == "1" ? "32M" : "4M",
+                       "--max-postcopy-bandwidth", how.kind.is_kvm() ? "4M" : "8M", "--downtime-limit", "0"} + common + how.kind.hasty());
+    source.wait_for("postcopy");
+    const boost::json::object left = source.wait_for("migrated");
+    CHECK(source.wait() == 0);
+    CHECK(source.count("postcopy") == 1);
+    CHECK(source.count("paused") == 0);
+    // The pass that is begun when it is time, and the last one, of the guest that stands still.
+    if (how.after == "1") CHECK(number(left, "passes") >= 3);
+    CHECK(number(left, "postcopy-bytes") > 0);
+    const boost::json::object arrived = destination.wait_for("arrived");
+    CHECK(destination.count("postcopy") == 1);
+    CHECK(number(arrived, "requests") == number(left, "postcopy-requests"));
+    // After a pass there may be little left for it to wait for.
+    CHECK((count_waits(arrived) > 0 || how.after == "1"));
+
+    const std::string before = text_of(directory / "before");
+    const auto serial = [&] { return before + text_of(directory / "after"); };
+    wait_for_ticks(serial, count_ticks(before), 1);
+    wait_for_ticks(serial, count_ticks(serial()), 20);
+    destination.send(SIGTERM);
+    CHECK(destination.wait() == 0);
+}
+
+TEST_CASE("a connection that breaks in postcopy is made again, as often as it breaks") {
+    const machine_kind kind = GENERATE(as<machine_kind>(), riscv, kvm);
+    CAPTURE(kind.cpu);
+    if (const std::string why = cannot_postcopy(kind); !why.empty()) return skip(why);
+    const std::size_t breaks = std::getenv("VMSTATE_SOAK") != nullptr ? 25 : 3;
+    const temporary_directory directory;
+    const auto unix_at = [&](const char* name) { return "unix:" + (directory / name).string(); };
+    const arguments common = arguments{"--json", "--memory", "16M", kind.is_kvm() ? "--postcopy-preempt" : "--postcopy"} + kind.as_arguments();
+
+    process destination(arguments{"incoming", unix_at("main"), "--recover", unix_at("again"), "--serial", (directory / "after").string()} + common);
+    destination.wait_for("waiting");
+    wire main_wire(unix_at("to-main"), unix_at("main"));
+    wire again(unix_at("to-again"), unix_at("again"));
+    // For 16 MiB, so many seconds and more: whatever else is going on, it isn't over before the last of them.
+    process source(arguments{"run", "--migrate-to", unix_at("to-main"), "--recover", unix_at("to-again"), "--after", "0.3",
+                       "--postcopy-after", "0", "--max-postcopy-bandwidth", breaks > 3 ? "1M" : "4M", "--downtime-limit", "0",
+                       "--serial", (directory / "before").string(), "--tick-interval", "20", "--dirty-rate", "200", "--work-memory", "14M"} + common);
+    destination.wait_for("postcopy");
+    for (std::size_t i = 0; i != breaks; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20 + 37 * i % 100));
+        main_wire.cut();
+        again.cut();
+        destination.wait_for("recovered");
+    }
+    source.wait_for("migrated");
+    CHECK(source.wait() == 0);
+    CHECK(source.count("recovered") == breaks);
+    CHECK(source.count("paused") >= breaks);
+    CHECK(source.count("running") == 1); // at first
+    const boost::json::object arrived = destination.wait_for("arrived");
+    CHECK(number(arrived, "interruptions") >= breaks);
+    CHECK(count_waits(arrived) > 0);
+
+    const std::string before = text_of(directory / "before");
+    const auto serial = [&] { return before + text_of(directory / "after"); };
+    wait_for_ticks(serial, count_ticks(serial()), 20);
+    destination.send(SIGTERM);
+    CHECK(destination.wait() == 0);
+}
+
+TEST_CASE("a guest goes back and forth again and again by postcopy") {
+    const std::string cpu = GENERATE(as<std::string>(), "riscv", "kvm");
+    CAPTURE(cpu);
+    const machine_kind here = cpu == "kvm" ? kvm : riscv;
+    const machine_kind there = cpu == "kvm" ? machine_kind{"kvm", "pagemap"} : riscv;
+    for (const machine_kind& kind : {here, there})
+        if (const std::string why = cannot_postcopy(kind); !why.empty()) return skip(why);
+    const std::string times = std::getenv("VMSTATE_SOAK") != nullptr ? "50" : "2"; // each way
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    const arguments common{"--json", "--memory", "8M", "--serial", path("serial"), "--times", times, "--after", "0.05",
+        "--after-lines", "4", "--postcopy-preempt", "--postcopy-after", "0", "--max-postcopy-bandwidth", "32M", "--downtime-limit", "0"};
+
+    process other(arguments{"incoming", "unix:" + path("there"), "--migrate-to", "unix:" + path("back")} + common + there.as_arguments());
+    other.wait_for("waiting");
+    process one(arguments{"run", "--migrate-to", "unix:" + path("there"), "--come-back", "unix:" + path("back")} + common +
+                here.as_arguments() + here.busy());
+    for (std::size_t i = 0; i != std::stoul(times); ++i) {
+        one.wait_for("migrated");
+        other.wait_for("migrated");
+        one.wait_for("arrived");
+    }
+    CHECK(other.wait() == 0);
+    const auto serial = [&] { return text_of(directory / "serial"); };
+    // So long that all of its memory has been checked once more.
+    wait_for_ticks(serial, count_ticks(serial()), 60);
+    one.send(SIGTERM);
+    CHECK(one.wait() == 0);
+    // As source and as destination.
+    CHECK(one.count("postcopy") == 2 * std::stoul(times));
+    CHECK(other.count("postcopy") == 2 * std::stoul(times));
+    CHECK(one.count("failed") + other.count("failed") == 0);
+}
+
+TEST_CASE("a guest that has left by postcopy isn't given up by one signal, and is by two") {
+    if (const std::string why = cannot_postcopy(riscv); !why.empty()) return skip(why);
+    const temporary_directory directory;
+    const std::string uri = "unix:" + (directory / "socket").string();
+    const arguments common = arguments{"--json", "--memory", "16M", "--postcopy"} + riscv.as_arguments();
+    process destination(arguments{"incoming", uri, "--serial", (directory / "after").string()} + common);
+    destination.wait_for("waiting");
+    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--after", "0.2",
+                       "--postcopy-after", "0", "--max-postcopy-bandwidth", "1M"} + common + riscv.busy());
+    source.wait_for("postcopy");
+    source.send(SIGTERM);
+    source.wait_for("interrupted");
+    const std::string before = text_of(directory / "before");
+    wait_for_ticks([&] { return before + text_of(directory / "after"); }, count_ticks(before), 5);
+    source.send(SIGTERM);
+    source.wait_for("failed");
+    CHECK(source.wait() == 1);
+    CHECK(source.count("running") == 1); // at first
+    // There is no --recover over there, either.
+    destination.wait_for("given-up");
+    destination.wait_for("failed");
+    CHECK(destination.wait() == 1);
+}
+
+TEST_CASE("what postcopy can't be done with is refused, and the guest runs on where it is") {
+    if (const std::string why = cannot_postcopy(riscv); !why.empty()) return skip(why);
+    const temporary_directory directory;
+    const std::string uri = "unix:" + (directory / "socket").string();
+    const arguments common = arguments{"--json", "--memory", "16M"} + riscv.as_arguments();
+    const huge_pages reserved(8);
+    if (!reserved.enough()) return skip("no 8 huge pages of 2 MiB to be had");
+    process destination(arguments{"incoming", uri, "--postcopy", "--serial", (directory / "after").string()} + common);
+    destination.wait_for("waiting");
+    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--after", "0.2",
+                       "--postcopy-after", "0", "--huge-pages"} + common + riscv.busy());
+    const boost::json::object refused = destination.wait_for("failed");
+    CHECK_THAT(std::string(refused.at("error").as_string()), contains("0x200000"));
+    CHECK(destination.wait() == 1);
+    source.wait_for("failed");
+    source.wait_for("running");
+    const auto serial = [&] { return text_of(directory / "before"); };
+    wait_for_ticks(serial, count_ticks(serial()), 10);
+    source.send(SIGTERM);
+    CHECK(source.wait() == 1);
+    CHECK(source.count("postcopy") == 0);
+}
+
+namespace {
+
+/// No userfaultfd for this process, whoever it is: neither by the system call nor from /dev/userfaultfd.
+bool deny_userfaultfd() {
+    if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return false;
+    constexpr unsigned command = offsetof(seccomp_data, args[1]); // the low half, on both kinds of processors that matter
+    sock_filter program[]{BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_userfaultfd, 3, 0), BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, command), BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, _IO(0xAA, 0x00), 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    sock_fprog filter{sizeof program / sizeof program[0], program};
+    return ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0) == 0;
+}
+
+} // namespace
+
+TEST_CASE("without userfaultfd no guest is waited for that may come by postcopy, and it is said what to change") {
+    const temporary_directory directory;
+    process one(arguments{"incoming", "unix:" + (directory / "socket").string(), "--json", "--postcopy", "--serial", "/dev/null"} +
+                    riscv.as_arguments(), deny_userfaultfd);
+    const boost::json::object failed = one.wait_for("failed");
+    CHECK_THAT(std::string(failed.at("error").as_string()), contains("userfaultfd"));
+    CHECK_THAT(std::string(failed.at("error").as_string()), contains("expected"));
+    CHECK(one.wait() == 1);
+    CHECK(one.count("waiting") == 0);
 }
 
 #endif
