@@ -432,7 +432,9 @@ private:
     /// The package could not be loaded, and a reason that a thread of pages has had before goes first.
     static result<void> fail_before_run(postcopy_incoming& postcopy, const error& failure) {
         postcopy.broken(failure);
-        return std::move(postcopy.wait().error()).within("active");
+        // The listen thread may have met the end that the source made of it first: why is what this one knows.
+        static_cast<void>(postcopy.wait());
+        return error(failure).within("active");
     }
     /// The package is loaded: the guest runs, and this waits for its memory, over as many connections as it takes.
     result<void> run_in_postcopy(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, return_path& back) {
