@@ -143,7 +143,7 @@ public:
             if (returns && !prepare_to_receive()) return exit_failed;
             if (!send()) {
                 // A guest that is here, or has halted; that the program was asked for something else doesn't change that.
-                if (vm_.is_running()) static_cast<void>(run_guest(run_for()));
+                if (vm_.is_running() || !vm_.why_halted().empty()) static_cast<void>(run_guest(run_for()));
                 return exit_failed;
             }
             if (!returns) return EXIT_SUCCESS;
