@@ -308,6 +308,12 @@ private:
 
     template <class Serve>
     result<void> start_listening(Serve serve) {
+        {
+            // What has arrived and wasn't read yet is ahead of whatever is asked for now; with a channel of its own for that
+            // it is only ahead of what was under way already.
+            const std::lock_guard lock(session_mutex_);
+            main_->limit_unread(settings_.postcopy_preempt ? 208 * 1024 : 128 * 1024);
+        }
         return start(listen_, [this, serve = std::move(serve)] {
             if (result<void> done = serve(); !done) broken(done.error());
         });

@@ -81,7 +81,7 @@ public:
     void attach(output_channel& main, output_channel* urgent) {
         // What lies in the socket ahead of a page decides how long its guest waits. With a channel for those pages it is
         // those that have left and not arrived, which are few; without one, all.
-        main.limit_unsent(urgent != nullptr ? 64 * 1024 : 16 * 1024);
+        main.limit_unsent(urgent != nullptr ? 64 * 1024 : 32 * 1024);
         main_.emplace(machine_, main);
         queue_.reset();
         sent_.clear();
@@ -262,7 +262,7 @@ private:
     using sent_run = std::vector<page_claim>;
 
     /// So much between two looks at the requests.
-    static constexpr std::uint64_t small_batch = 4 * 4096;
+    static constexpr std::uint64_t small_batch = 8 * 4096;
     static constexpr std::uint64_t large_batch = 16 * 4096;
     /// So much between two PINGs.
     static constexpr std::uint64_t ping_distance = 1 << 20;

@@ -61,6 +61,10 @@ public:
     virtual result<std::size_t> read_some(std::span<const std::span<std::byte>> parts) = 0;
     /// An upper bound of the bytes still to come, the largest value where nobody knows.
     virtual std::uint64_t remaining() const noexcept { return std::numeric_limits<std::uint64_t>::max(); }
+    /// About how many bytes may have arrived and wait to be read: with more than that the peer's writes wait. For what is
+    /// wanted as soon as it was written. Not kept where a connection with so little under way would be slow. Does nothing
+    /// where nothing queues on this side, or nobody can tell.
+    virtual void limit_unread(std::size_t) noexcept {}
 };
 
 /// A channel to write to.
@@ -157,6 +161,9 @@ public:
             return this->user_.remaining();
         else
             return input_channel::remaining();
+    }
+    void limit_unread(std::size_t bytes) noexcept override {
+        if constexpr (requires { this->user_.limit_unread(bytes); }) this->user_.limit_unread(bytes);
     }
 };
 

@@ -55,6 +55,7 @@ public:
         const std::uint64_t ahead = prefix_.size() - begin_;
         return rest > std::numeric_limits<std::uint64_t>::max() - ahead ? rest : rest + ahead;
     }
+    void limit_unread(std::size_t bytes) noexcept override { rest_->limit_unread(bytes); }
     result<void> close() override { return rest_->close(); }
     void shutdown() noexcept override { rest_->shutdown(); }
     bool is_ended() noexcept override { return rest_->is_ended(); }

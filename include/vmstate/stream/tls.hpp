@@ -293,6 +293,7 @@ public:
     }
 
     void limit_unsent(std::size_t bytes) noexcept { out_->limit_unsent(bytes); }
+    void limit_unread(std::size_t bytes) noexcept { in_->limit_unread(bytes); }
     result<std::size_t> read_some(
         std::span<const std::span<std::byte>> parts, const timeout_type& timeout) {
         if (std::all_of(parts.begin(), parts.end(), [](const auto& part) { return part.empty(); }))
@@ -632,6 +633,9 @@ public:
     }
     void limit_unsent(std::size_t bytes) noexcept override {
         if (!closed_) session_->limit_unsent(bytes);
+    }
+    void limit_unread(std::size_t bytes) noexcept override {
+        if (!closed_) session_->limit_unread(bytes);
     }
 
 private:
