@@ -132,7 +132,7 @@ result<void> load_records(page_assembler& into, reader& in, const ram_section& r
         if (!records.next(in, record)) return in.failure();
         if (result<void> done = into.load(in, record, *ram.find(records.block())); !done) return done;
     }
-    return {};
+    return into.flush();
 }
 
 /// A destination's part of postcopy, and the source's queue at the other end of its return path.
@@ -188,13 +188,17 @@ void serve_requests(destination& at, result<void>& done) {
         if (done = load_records(assembler, in, at.ram); !done) return;
     }
 }
-/// All pages in order, whatever was requested.
+/// All pages in order, whatever was requested: some of those that follow each other are placed together, with pages among
+/// them that are there already.
 void send_all(destination& at, result<void>& done) {
-    page_assembler assembler(at.placer);
+    page_assembler assembler(at.placer, 3);
     for (const auto& block : at.ram.blocks())
-        for (std::uint64_t offset = 0; offset < block->used_length; offset += block->options.host_page_size) {
+        for (std::uint64_t offset = 0; offset < block->used_length;) {
             vector_writer out;
-            put_host_page(out, *block, offset);
+            for (int pages = 0; pages != 8 && offset < block->used_length; ++pages) {
+                put_host_page(out, *block, offset);
+                offset += block->options.host_page_size;
+            }
             const std::vector<std::byte> bytes = out.take();
             memory_reader in(bytes);
             if (done = load_records(assembler, in, at.ram); !done) return;

@@ -328,6 +328,9 @@ private:
         return {};
     }
 
+    /// Of the pages that nobody asked for: to place more by one call is hardly quicker, and the first of them wait.
+    static constexpr std::size_t pages_together = 16;
+
     /// Where a channel is.
     struct page_stream {
         reader& in;
@@ -342,7 +345,7 @@ private:
 
     /// The rest of the main stream: pages, PINGs, the end. After a break, the commands of a recovery before.
     result<void> serve_main(reader& in, ram_record_reader records, bool resumed) {
-        main_stream at{{in, records, page_assembler(*placer_), find(records.block())}, resumed};
+        main_stream at{{in, records, page_assembler(*placer_, pages_together), find(records.block())}, resumed};
         result<void> done;
         bool ended = false;
         while (done && !ended) done = serve_item(at, ended);
@@ -397,13 +400,17 @@ private:
     /// Records up to EOS.
     result<void> serve_pages(main_stream& at) {
         ram_record record;
-        while (at.records.next(at.in, record)) {
-            if (record.kind == ram_record_kind::end_of_section) return {};
+        for (;;) {
+            if (at.in.window() < largest_record())
+                if (result<void> placed = at.assembler.flush(); !placed) return placed;
+            if (!at.records.next(at.in, record)) return at.in.failure();
+            if (record.kind == ram_record_kind::end_of_section) return at.assembler.flush();
             if (record.kind == ram_record_kind::multifd_flush) continue;
             if (result<void> placed = place(at, record); !placed) return placed;
         }
-        return at.in.failure();
     }
+    /// With less than this at hand the next record may have to be waited for.
+    std::size_t largest_record() const noexcept { return 8 + 1 + max_name_size + received_.page_size(); }
     /// A record of either channel.
     result<void> place(page_stream& at, const ram_record& record) {
         if (!record.is_page())

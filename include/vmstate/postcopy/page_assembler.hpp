@@ -31,15 +31,25 @@ namespace vmstate {
 /// there.
 class page_assembler {
 public:
-    /// `placer` has to outlive this.
-    explicit page_assembler(page_placer& placer) noexcept
-        : placer_(placer), page_size_(placer.received().page_size()) {}
+    /// `placer` has to outlive this. Up to `together` small pages that follow each other are placed by one call: each call
+    /// costs as much as half a page. Those that came last may then wait for more: see `flush`.
+    explicit page_assembler(page_placer& placer, std::size_t together = 1) noexcept
+        : placer_(placer), page_size_(placer.received().page_size()), together_(together) {}
 
     /// Takes a page record of `block`, and its payload from `in`. Errors name the block and are `errc::bad_ram`, or the
     /// reader's.
     result<void> load(reader& in, const ram_record& record, ram_block& block) {
         result<void> done = take(in, record, block);
         if (!done) return std::move(done.error().within(block.name).at_offset(record.position));
+        return {};
+    }
+    /// Places what waits for more pages. Whoever reads has to call it before waiting for the stream: somebody may be waiting
+    /// for one of them.
+    result<void> flush() {
+        if (batch_.size == 0) return {};
+        const std::size_t size = std::exchange(batch_.size, 0);
+        result<void> done = placer_.place_run(*batch_.block, batch_.start, batch_.memory.span().first(size));
+        if (!done) return std::move(done.error().within(batch_.block->name));
         return {};
     }
     /// Whether a host page has begun and isn't complete. Not at the end of a section: a source may turn to another
@@ -71,6 +81,14 @@ private:
         bool is_at(const ram_block& other, std::uint64_t offset) const noexcept { return block == &other && start == offset; }
     };
 
+    /// Small pages that follow each other and haven't been placed.
+    struct batch {
+        ram_block* block = nullptr;
+        std::uint64_t start = 0;
+        std::size_t size = 0; // bytes; none
+        detail::scratch_memory memory;
+    };
+
     result<void> take(reader& in, const ram_record& record, ram_block& block) {
         if (record.kind != ram_record_kind::page && record.kind != ram_record_kind::zero)
             return error(errc::bad_ram, "PAGE or ZERO in postcopy", std::string(to_string(record.kind)));
@@ -90,6 +108,7 @@ private:
             if (record.kind == ram_record_kind::page && in.window() >= page_size_) {
                 const std::byte* const payload = in.cursor();
                 in.seek(payload + page_size_);
+                if (together_ > 1) return append(block, offset, payload);
                 return placer_.place(block, offset, payload);
             }
         }
@@ -103,6 +122,24 @@ private:
         current_.block = nullptr;
         return current_.all_zero ? placer_.place_zero(block, start)
                                  : placer_.place(block, start, current_.memory.span().data());
+    }
+
+    result<void> append(ram_block& block, std::uint64_t offset, const std::byte* page) {
+        const std::size_t room = together_ * page_size_;
+        if (batch_.memory.span().empty()) {
+            result<detail::scratch_memory> memory = detail::scratch_memory::map(room);
+            if (!memory) return memory.error();
+            batch_.memory = std::move(*memory);
+        }
+        if (batch_.size != 0 && (batch_.block != &block || batch_.start + batch_.size != offset))
+            if (result<void> placed = flush(); !placed) return placed;
+        if (batch_.size == 0) {
+            batch_.block = &block;
+            batch_.start = offset;
+        }
+        std::memcpy(batch_.memory.span().data() + batch_.size, page, page_size_);
+        batch_.size += page_size_;
+        return batch_.size == room ? flush() : result<void>();
     }
 
     /// From the host page that has begun, if there is one, to another.
@@ -170,6 +207,8 @@ private:
 
     page_placer& placer_;
     std::size_t page_size_;
+    std::size_t together_;
+    batch batch_;
     part current_;
     part aside_;                 // the one that comes in parts
     bool recovered_ = false;     // a source may have the rest of a request left

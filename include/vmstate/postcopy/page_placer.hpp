@@ -113,6 +113,14 @@ public:
         if (result<void> done = copy(host_page(block, offset), block, from); !done) return done;
         return arrived(block, offset);
     }
+    /// The same for host pages that follow each other, by one call: each appears for itself.
+    result<void> place_run(ram_block& block, std::uint64_t offset, std::span<const std::byte> pages) {
+        if (result<void> done = copy(block.page(offset, pages.size()), block, pages.data()); !done) return done;
+        const std::uint64_t size = block.options.host_page_size;
+        for (std::uint64_t at = offset; at != offset + pages.size(); at += size)
+            if (result<void> done = arrived(block, at); !done) return done;
+        return {};
+    }
     /// The same for a page of zeros, without memory behind it where the kernel can.
     result<void> place_zero(ram_block& block, std::uint64_t offset) {
         if (result<void> done = zero(block, offset); !done) return done;
@@ -138,11 +146,11 @@ private:
         return each_step(
             page, block, [&](std::span<std::byte> rest, std::size_t done) { return fault_->copy(rest, from + done); });
     }
-    /// `call` stops short at what is there already: who waits for that is woken here. It is the whole page, unless the memory has smaller pages than the
-    /// source's: a block that came with a stream has.
+    /// `call` stops short at what is there already: who waits for that is woken here. It is a host page, unless the memory
+    /// has smaller pages than the source's: a block that came with a stream has.
     template <class Call>
     result<void> each_step(std::span<std::byte> page, const ram_block& block, Call call) {
-        const std::size_t unit = has_zero_page(block) ? small_page_ : page.size();
+        const std::size_t unit = has_zero_page(block) ? small_page_ : static_cast<std::size_t>(block.options.host_page_size);
         for (std::size_t done = 0; done < page.size();) {
             const result<std::size_t> placed = call(page.subspan(done), done);
             if (!placed) return std::move(error(placed.error()).within(block.name));
