@@ -223,7 +223,8 @@ public:
     }
     /// Ends whatever there is: who waits for a page goes on, and finds zeros where none came.
     void release() {
-        broken(error(errc::io, {}, "given up"));
+        // Where the migration ended in precopy, the main channel is the main thread's still.
+        if (is_listening()) broken(error(errc::io, {}, "given up"));
         requests_.disconnect();
         if (listen_.joinable()) listen_.join();
         end_preempt();
