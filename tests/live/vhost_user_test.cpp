@@ -289,7 +289,9 @@ TEST_CASE("a backend", "[.backend]") {
     const int socket = std::stoi(told("VMSTATE_BACKEND_SOCKET"));
     const std::uint64_t address = std::stoull(told("VMSTATE_BACKEND_ADDRESS"));
     const std::string dies = told("VMSTATE_BACKEND_DIES");
-    vhost_user::client backend;
+    vhost_user::client_options options;
+    options.page_notices = true; // where the VMM wants them
+    vhost_user::client backend(options);
     std::atomic<bool> over = false;
     std::atomic<std::uint64_t> wrong = 0;
     std::atomic<std::size_t> used = 0;
@@ -334,7 +336,8 @@ TEST_CASE("a backend", "[.backend]") {
 TEST_CASE("two backends in processes of their own use a machine's memory while postcopy brings it") {
     const bool preempt = GENERATE(false, true);
     const bool breaks = GENERATE(false, true); // the connection, while they wait for pages
-    CAPTURE(preempt, breaks);
+    const bool notices = GENERATE(false, true); // they resolve their faults by themselves
+    CAPTURE(preempt, breaks, notices);
     constexpr std::size_t pages = 2048;
     shared_machine from(pages), to(pages);
     if (const result<void> can = check_postcopy_support(*to.state.ram()); !can) return skip(can.error().message());
@@ -342,11 +345,14 @@ TEST_CASE("two backends in processes of their own use a machine's memory while p
     const std::uint64_t address = to.state.ram()->blocks().front()->options.guest_address;
     postcopy_clients clients;
     std::vector<std::unique_ptr<backend_process>> processes;
+    bool no_minor_faults = false;
     const auto start = [&](const std::string& name, const std::string& dies_at) {
         connection one = connect_backend(name, 20s, 0);
         processes.push_back(std::make_unique<backend_process>(one.back.get(), static_cast<unsigned>(10 * processes.size()), address, dies_at));
         one.back.reset();
-        CHECK(message_of(one.front->negotiate(0, vhost_user::protocol_feature::pagefault | vhost_user::protocol_feature::reply_ack)) == "");
+        CHECK(message_of(one.front->negotiate(0, vhost_user::protocol_feature::pagefault | vhost_user::protocol_feature::reply_ack |
+                                                     (notices ? vhost_user::protocol_feature::page_notices : 0))) == "");
+        if (notices && !one.front->has(vhost_user::protocol_feature::page_notices)) no_minor_faults = true;
         CHECK(message_of(clients.add(one.front)) == "");
     };
     start("disk", "");
@@ -354,6 +360,7 @@ TEST_CASE("two backends in processes of their own use a machine's memory while p
     // One that dies on the way costs the others nothing.
     const std::string dies_at = preempt ? "running" : breaks ? "POSTCOPY_LISTEN" : "SET_MEM_TABLE";
     start("third", dies_at);
+    if (no_minor_faults) return skip("a kernel without minor faults of shmem and hugetlbfs (Linux 5.14)");
 
     migration::parameters settings{.postcopy_ram = true, .postcopy_preempt = preempt, .max_postcopy_bandwidth = 16u << 20};
     std::thread guest;
@@ -610,9 +617,8 @@ TEST_CASE("who waits for a page goes on when it comes, whoever asked and whether
     user.join();
     CHECK(right == 5);
     CHECK(at.requests.sent() == asked);
-    const postcopy_fault_status status = at.statistics.snapshot();
-    CHECK(status.clients[1].already_received == 1);
-    CHECK(status.clients[2].has_left);
+    CHECK(wait_for([&] { return at.statistics.snapshot().clients[1].already_received == 1; })); // counted when it goes on
+    CHECK(at.statistics.snapshot().clients[2].has_left);
 
     // One leaves, its threads go on; twice is harmless.
     std::thread left([&] { static_cast<void>(word_of(disk.memory(), 30)); });
@@ -823,4 +829,141 @@ TEST_CASE("a backend that touches what its table hasn't is reported and still se
     lost.join();
     served.join();
     CHECK(disk.has_ended());
+}
+
+TEST_CASE("backends that resolve their own faults get every page by notices of region and offset") {
+    if (!may_run()) return;
+    const bool is_huge = GENERATE(false, true);
+    CAPTURE(is_huge);
+    std::optional<huge_pages> reserved;
+    if (is_huge && !reserved.emplace(6).enough()) return skip("no huge pages of 2 MiB to be had");
+    const std::uint64_t size = is_huge ? 6 * huge : 2 * huge;
+    const result<ram_memory> memory = ram_memory::memfd("guest", size, is_huge ? huge : page);
+    REQUIRE(message_of(memory) == "");
+    ram_section ram;
+    ram_block& block = add_block(ram, "pc.ram", *memory);
+    // Two regions, the second of which begins elsewhere.
+    const std::uint64_t half = size / 2;
+    const std::uint64_t second = std::uint64_t{4} << 30;
+    rig at(ram, {{"pc.ram", 0, half, 0}, {"pc.ram", half, 0, second}});
+    at.serve();
+    struct backend {
+        explicit backend(unique_fd to) : socket(std::move(to)), client([] {
+            vhost_user::client_options options;
+            options.page_notices = true;
+            return options;
+        }()) {
+            messages = std::thread([this] {
+                static_cast<void>(client.run(socket.get(), [](const vhost_user::message&) -> result<vhost_user::handling> { return vhost_user::handling::done; }));
+            });
+        }
+        ~backend() {
+            ::shutdown(socket.get(), SHUT_RDWR);
+            messages.join();
+        }
+        unique_fd socket;
+        vhost_user::client client;
+        std::thread messages;
+    };
+    connection one = connect_backend("disk", 20s, 0), other = connect_backend("net", 20s, 0);
+    backend disk(std::move(one.back)), net(std::move(other.back));
+    for (const connection* to : {&one, &other}) {
+        REQUIRE(message_of(to->front->negotiate(0, ~std::uint64_t{0})) == "");
+        if (!to->front->has(vhost_user::protocol_feature::page_notices))
+            return skip("a kernel without minor faults of shmem and hugetlbfs (Linux 5.14)");
+        REQUIRE(at.clients.add(to->front));
+    }
+    // Some of it is in the file already, or was received and is nowhere.
+    at.received.mark(block, 0, block.options.host_page_size);
+    REQUIRE(message_of(at.advise()) == "");
+    REQUIRE(message_of(at.listen()) == "");
+    for (std::uint64_t offset = half; offset < size; offset += 2 * block.options.host_page_size) CHECK(at.place(offset));
+
+    std::atomic<std::size_t> wrong = 0;
+    std::vector<std::thread> users;
+    const std::size_t zeros = static_cast<std::size_t>(block.options.host_page_size) / page;
+    for (backend* const who : {&disk, &net})
+        for (unsigned i = 0; i != 2; ++i)
+            users.emplace_back([&, who, i] {
+                while (who->client.postcopy_phase() != vhost_user::phase::running) std::this_thread::yield();
+                std::vector<std::size_t> order(static_cast<std::size_t>(size) / page);
+                std::iota(order.begin(), order.end(), std::size_t{0});
+                std::shuffle(order.begin(), order.end(), std::mt19937(i));
+                std::optional<vhost_user::memory_access> access = who->client.access();
+                for (const std::size_t number : order) {
+                    const std::uint64_t offset = number * page;
+                    const std::span<std::byte> found = access->table().at_guest(offset < half ? offset : second + offset - half, page);
+                    if (word_of(found, 0) != (number < zeros ? 0 : word_at_source(number))) ++wrong;
+                    counter_of(found, 0).fetch_add(1);
+                }
+            });
+    for (std::thread& user : users) user.join();
+    at.end();
+    CHECK(wrong == 0);
+    CHECK(at.failures() == std::vector<std::string>{});
+    std::size_t overwritten = 0;
+    for (std::size_t number = 0; number != memory->span().size() / page; ++number)
+        if (counter_of(memory->span(), number).load() != users.size()) ++overwritten;
+    CHECK(overwritten == 0);
+    CHECK(disk.client.postcopy_phase() == vhost_user::phase::none);
+    const postcopy_fault_status status = at.statistics.snapshot();
+    REQUIRE(status.clients.size() == 2);
+    CHECK(status.clients[0].faults + status.clients[1].faults > 0);
+    CHECK(at.requests.waiting() == 0);
+    CHECK(at.requests.sent() < size / block.options.host_page_size);
+}
+
+TEST_CASE("notices of what isn't there, too many of them, and others at all end that backend's service alone") {
+    if (!may_run()) return;
+    struct {
+        std::vector<vhost_user::page_notice> sent;
+        std::string said;
+    } cases[] = {
+        {{{1, 0}}, "region 1"},
+        {{{0, 64 * page}}, "of its table"},
+        {{{0, ~std::uint64_t{0} - page + 1}}, "of its table"},
+        {{{0, 8}}, "offset 8"},
+        {{}, "at most 128"},
+        {{{7, 7}}, "region 7"},
+    };
+    for (std::uint64_t i = 0; i != 129; ++i) cases[4].sent.push_back({0, i * page});
+    for (const auto& one : cases) {
+        CAPTURE(one.said);
+        small_rig small({}, one.sent.size() > 1 ? 256 : 64);
+        connection to = connect_backend("disk", 20s, vhost_user::protocol_feature::pagefault | vhost_user::protocol_feature::page_notices);
+        REQUIRE(small.at.clients.add(to.front));
+        // A backend that says what the case says.
+        int ends[2];
+        REQUIRE(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
+        const unique_fd ours(ends[0]);
+        unique_fd theirs(ends[1]);
+        std::thread backend([&] {
+            for (;;) {
+                auto got = vhost_user::receive_message(to.back.get());
+                if (!got || !*got) return;
+                vhost_user::message& m = **got;
+                if (m.request == request::set_mem_table && m.descriptors.empty()) continue; // the acknowledgement
+                vhost_user::message reply = make_request(m.request, vhost_user::message_flag::reply);
+                if (m.request == request::postcopy_advise) reply.descriptors.push_back(std::move(theirs));
+                else if (m.request == request::set_mem_table) reply.payload = m.payload;
+                else reply.put(std::uint64_t{0});
+                static_cast<void>(send_message(to.back.get(), reply));
+            }
+        });
+        const result<void> advised = small.at.advise();
+        const result<void> listening = advised ? small.at.listen() : advised;
+        bool sent = true;
+        for (const vhost_user::page_notice& notice : one.sent) sent = sent && send_notice(ours.get(), notice);
+        const bool failed = wait_for([&] { return !small.at.failures().empty(); });
+        const client_phase phase = small.at.phase_of(0);
+        small.at.end();
+        to.front->shutdown();
+        backend.join();
+        CHECK(message_of(listening) == "");
+        CHECK(sent);
+        CHECK(failed);
+        CHECK(phase == client_phase::failed);
+        CHECK(small.at.failures().size() == 1);
+        if (failed) CHECK_THAT(small.at.failures()[0], contains(one.said));
+    }
 }

@@ -3,10 +3,12 @@
 // The backend's half of vhost-user, as far as memory is concerned: features, the table of regions, the log of dirty pages,
 // and postcopy, in which the backend opens a userfaultfd, hands it to the VMM, and registers what it maps. The device, its
 // queues and its configuration stay the backend's own. Facts from QEMU's docs/interop/vhost-user.rst. Depends on
-// guest_memory.hpp, mapped_region.hpp, postcopy/support.hpp and Linux.
+// guest_memory.hpp, mapped_region.hpp, notice_resolver.hpp, postcopy/support.hpp and Linux.
 #pragma once
 
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/socket.h>
 
 #include <atomic>
 #include <cerrno>
@@ -29,6 +31,8 @@
 #include <vmstate/vhost_user/mapped_region.hpp>
 #include <vmstate/vhost_user/memory_table.hpp>
 #include <vmstate/vhost_user/message.hpp>
+#include <vmstate/vhost_user/notice_resolver.hpp>
+#include <vmstate/vhost_user/page_notices.hpp>
 
 namespace vmstate::vhost_user {
 
@@ -68,6 +72,9 @@ struct client_options {
     std::uint64_t protocol_features = 0;
     /// PAGEFAULT, and what goes with it.
     bool postcopy = true;
+    /// With a VMM of this library that wants it, faults are resolved here, by page notices (page_notices.hpp), where the kernel
+    /// can (Linux 5.14): the VMM then has neither our userfaultfd nor our addresses. Regions can't be added one by one then.
+    bool page_notices = false;
     /// CONFIGURE_MEM_SLOTS: the VMM adds and removes regions one by one.
     bool memory_slots = true;
     std::size_t most_regions = memory_table::default_most;
@@ -139,6 +146,7 @@ public:
             log = {};
             mappings_.clear();
         });
+        resolver_.reset();
         faults_.reset();
         memory_.set_intact(true);
         memory_.set_logging(false);
@@ -213,9 +221,15 @@ private:
         std::uint64_t bits = options_.protocol_features | protocol_feature::log_shmfd | protocol_feature::reply_ack
                            | protocol_feature::backend_req | protocol_feature::backend_send_fd;
         if (options_.postcopy) bits |= protocol_feature::pagefault;
+        if (options_.postcopy && options_.page_notices && supports_page_notices()) bits |= protocol_feature::page_notices;
         if (options_.memory_slots) bits |= protocol_feature::configure_mem_slots;
         return bits;
     }
+    static bool supports_page_notices() noexcept {
+        const result<std::uint64_t> supported = userfault::supported_features();
+        return supported && (*supported & notice_resolver::features) == notice_resolver::features;
+    }
+    bool has_page_notices() const noexcept { return (protocol_features_ & protocol_feature::page_notices) != 0; }
     static error wrong_bits(std::uint64_t offered, std::uint64_t asked) {
         return error(errc::bad_message, "features among those offered", std::to_string(asked & ~offered));
     }
@@ -319,7 +333,7 @@ private:
         });
         if (!is_watching()) return handling::done;
         std::vector<memory_region> told = *regions;
-        for (std::size_t i = 0; i < told.size(); ++i)
+        for (std::size_t i = 0; i < told.size() && !has_page_notices(); ++i)
             told[i].user_address = mappings_[i].mapped.address();
         if (result<void> sent = send_message(socket, make_memory_table(told, {}, message_flag::reply), options_.patience); !sent)
             return sent.error();
@@ -330,6 +344,8 @@ private:
         if (!region) return region.error();
         if (m.descriptors.size() != 1)
             return error(errc::bad_message, "one descriptor", std::to_string(m.descriptors.size()));
+        if (is_watching() && has_page_notices())
+            return error(errc::unsupported, "a table of all regions with page notices", "one more region");
         if (result<void> fits = check(mappings_, *region); !fits) return fits.error();
         result<mapping> one = map(*region, m.descriptors.front());
         if (!one) return one.error();
@@ -390,8 +406,17 @@ private:
         if ((*supported & userfault_feature::missing_shmem) == 0)
             return error(errc::unsupported, "Linux 4.11", "a kernel without UFFD_FEATURE_MISSING_SHMEM");
         result<userfault> opened = userfault::open(options_.faults,
-            *supported & (userfault_feature::missing_shmem | userfault_feature::missing_hugetlbfs));
+            *supported & (userfault_feature::missing_shmem | userfault_feature::missing_hugetlbfs |
+                             (has_page_notices() ? notice_resolver::features : 0)));
         if (!opened) return vmstate::detail::why_no_userfault(opened.error());
+        resolver_.reset();
+        if (has_page_notices()) {
+            int ends[2];
+            if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) return userfault::failure("socketpair");
+            faults_ = std::move(*opened);
+            resolver_.emplace(*faults_, unique_fd(ends[0]));
+            return unique_fd(ends[1]);
+        }
         unique_fd twin(::fcntl(opened->get(), F_DUPFD_CLOEXEC, 0));
         if (!twin) return userfault::failure("dup");
         faults_ = std::move(*opened);
@@ -413,9 +438,16 @@ private:
             if (!value) return value.error();
             if (*value != 0) return error(errc::bad_message, "an acknowledgement of the table", std::to_string(*value));
         }
+        if (resolver_) {
+            std::vector<notice_resolver::region> regions;
+            for (const mapping& one : mappings_)
+                regions.push_back({one.mapped.memory(), static_cast<std::size_t>(one.mapped.page_size())});
+            if (result<void> started = resolver_->start(std::move(regions)); !started) return started.error();
+        }
         for (mapping& one : mappings_) {
             if (one.watched) continue;
-            if (result<void> watched = one.mapped.watch(*faults_); !watched) return watched.error();
+            const std::uint64_t mode = resolver_ ? notice_resolver::register_mode : UFFDIO_REGISTER_MODE_MISSING;
+            if (result<void> watched = one.mapped.watch(*faults_, mode); !watched) return watched.error();
             one.watched = true;
         }
         phase_ = phase::running;
@@ -430,6 +462,7 @@ private:
         for (mapping& one : mappings_)
             if (std::exchange(one.watched, false))
                 if (result<void> ended = one.mapped.unwatch(*faults_); !ended) return ended.error();
+        resolver_.reset();
         faults_.reset();
         phase_ = phase::none;
         memory_.change(true, [&](memory_table& seen, dirty_pages&) { rebuild(seen); });
@@ -441,6 +474,7 @@ private:
     bool memory_is_new_ = false;
     std::vector<mapping> mappings_;     // all of them, the table's and those that wait for an acknowledgement
     std::optional<userfault> faults_;
+    std::optional<notice_resolver> resolver_; // with page notices, from ADVISE on
     unique_fd backend_requests_;
     std::uint64_t protocol_features_ = 0;
     std::atomic<std::uint64_t> features_ = 0;

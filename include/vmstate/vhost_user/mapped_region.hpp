@@ -66,6 +66,8 @@ public:
     std::span<std::byte> memory() const noexcept {
         return {mapping_ + head_, static_cast<std::size_t>(region_.size)};
     }
+    /// Of the pages behind it.
+    std::uint64_t page_size() const noexcept { return page_; }
     std::uint64_t address() const noexcept { return reinterpret_cast<std::uintptr_t>(mapping_ + head_); }
 
     /// Permits access to it.
@@ -80,11 +82,12 @@ public:
             memory_table::describe(region_));
     }
     /// Lets accesses to pages that aren't there wait until whoever has the userfaultfd has seen to them; then permits them.
-    result<void> watch(const userfault& faults) const {
+    /// `mode`: UFFDIO_REGISTER_MODE_*.
+    result<void> watch(const userfault& faults, std::uint64_t mode = UFFDIO_REGISTER_MODE_MISSING) const {
         // A huge page would come with one of its small ones, and who waits for the others would sleep on. Without
         // transparent huge pages the kernel refuses the advice, and needs none.
         (void)::madvise(mapping_, length_, MADV_NOHUGEPAGE);
-        if (result<void> added = faults.add({mapping_, length_}, UFFDIO_REGISTER_MODE_MISSING); !added)
+        if (result<void> added = faults.add({mapping_, length_}, mode); !added)
             return std::move(added.error().within(memory_table::describe(region_)));
         return open_up();
     }

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <shared_mutex>
 #include <span>
 #include <string>
@@ -36,6 +38,7 @@
 #include <vmstate/vhost_user/front_end.hpp>
 #include <vmstate/vhost_user/memory_table.hpp>
 #include <vmstate/vhost_user/message.hpp>
+#include <vmstate/vhost_user/page_notices.hpp>
 
 namespace vmstate::vhost_user {
 
@@ -84,21 +87,34 @@ struct client_region {
     std::uint64_t address; ///< in the client
 };
 
-/// What is known of a client from LISTEN on; doesn't change any more, so that every thread reads it.
+/// A client's memory from LISTEN on, and the way to its faults. Every thread may call it.
 class client_memory {
 public:
-    client_memory(unique_fd fault, std::vector<client_region> regions)
+    client_memory() = default;
+    client_memory(const client_memory&) = delete;
+    client_memory& operator=(const client_memory&) = delete;
+    virtual ~client_memory() = default;
+
+    /// What the fault thread polls.
+    virtual int descriptor() const noexcept = 0;
+    /// Lets its threads go on that wait in the host page at `offset`, wherever it has it.
+    virtual result<void> wake(const ram_block& block, std::uint64_t offset, std::uint64_t size) const = 0;
+};
+
+/// By its userfaultfd, which reports and takes its addresses.
+class addressed_memory final : public client_memory {
+public:
+    addressed_memory(unique_fd fault, std::vector<client_region> regions)
         : fault_(std::move(fault)), regions_(std::move(regions)) {}
 
-    int fault() const noexcept { return fault_.get(); }
+    int descriptor() const noexcept override { return fault_.get(); }
     std::optional<ram_address> translate(std::uint64_t address) const noexcept {
         for (const client_region& one : regions_)
             if (const std::uint64_t offset = address - one.address; offset < one.size)
                 return ram_address{one.block, one.offset + offset};
         return std::nullopt;
     }
-    /// Lets its threads go on that wait in these bytes, wherever it has them.
-    result<void> wake(const ram_block& block, std::uint64_t offset, std::uint64_t size) const {
+    result<void> wake(const ram_block& block, std::uint64_t offset, std::uint64_t size) const override {
         result<void> done;
         for (const client_region& one : regions_) {
             if (one.block != &block || offset < one.offset || offset - one.offset >= one.size) continue;
@@ -113,8 +129,57 @@ public:
     }
 
 private:
-    unique_fd fault_;
-    std::vector<client_region> regions_;
+    const unique_fd fault_;
+    const std::vector<client_region> regions_;
+};
+
+/// By notices: only what it asks for it is told of.
+class noticed_memory final : public client_memory {
+public:
+    noticed_memory(unique_fd notices, std::vector<client_region> regions)
+        : notices_(std::move(notices)), regions_(std::move(regions)) {}
+
+    int descriptor() const noexcept override { return notices_.get(); }
+    /// Reads what there is, and says where it lies.
+    result<void> read(const fault_thread::found_function& found) {
+        for (;;) {
+            const result<std::optional<page_notice>> notice = receive_notice(notices_.get());
+            if (!notice) return notice.error();
+            if (!*notice) return {};
+            const page_notice& page = **notice;
+            if (page.region >= regions_.size() || page.offset >= regions_[page.region].size ||
+                page.offset % regions_[page.region].block->options.host_page_size != 0)
+                return error(errc::bad_message, "a notice of a host page of its table",
+                    "region " + std::to_string(page.region) + ", offset " + std::to_string(page.offset));
+            {
+                // Before anybody looks whether the page has come: either it is seen there, or `wake` sees this.
+                const std::lock_guard lock(missed_mutex_);
+                if (!missed_.insert(page).second) continue;
+                if (missed_.size() > max_missed_pages)
+                    return error(errc::bad_message, "at most " + std::to_string(max_missed_pages) + " pages missed at one time", "more");
+            }
+            const client_region& region = regions_[page.region];
+            found({region.block, region.offset + page.offset});
+        }
+    }
+    result<void> wake(const ram_block& block, std::uint64_t offset, std::uint64_t) const override {
+        result<void> done;
+        for (std::uint64_t i = 0; i != regions_.size(); ++i) {
+            const client_region& one = regions_[i];
+            if (one.block != &block || offset < one.offset || offset - one.offset >= one.size) continue;
+            const page_notice page{i, offset - one.offset};
+            const std::lock_guard lock(missed_mutex_);
+            if (missed_.erase(page) == 0) continue;
+            if (result<void> sent = send_notice(notices_.get(), page); !sent) done = sent;
+        }
+        return done;
+    }
+
+private:
+    const unique_fd notices_;
+    const std::vector<client_region> regions_;
+    mutable std::mutex missed_mutex_; ///< below; held while a notice of one is sent
+    mutable std::set<page_notice> missed_;
 };
 
 /// A descriptor that somebody sent is what it should be: polling and reading another would mean nothing.
@@ -123,6 +188,13 @@ inline bool is_userfaultfd(int fd) {
     const std::string link = "/proc/self/fd/" + std::to_string(fd);
     const ssize_t size = ::readlink(link.c_str(), target.data(), target.size());
     return size > 0 && std::string_view(target.data(), static_cast<std::size_t>(size)) == "anon_inode:[userfaultfd]";
+}
+inline bool is_notice_socket(int fd) {
+    int type = 0;
+    int domain = 0;
+    socklen_t size = sizeof type;
+    return ::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) == 0 && type == SOCK_SEQPACKET &&
+           ::getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX;
 }
 
 } // namespace detail
@@ -228,7 +300,7 @@ private:
         const std::shared_ptr<front_end> connection;
         // Under phase_mutex_.
         client_phase phase = client_phase::connected;
-        unique_fd fault;                                      ///< from ADVISE to LISTEN
+        unique_fd fault;                                     ///< what ADVISE was answered with, up to LISTEN
         std::shared_ptr<const detail::client_memory> memory; ///< from LISTEN on
         std::optional<unsigned> served;                      ///< its number at the fault thread
 
@@ -249,10 +321,15 @@ private:
         result<message> answer = to.ask(make_request(request::postcopy_advise));
         if (!answer) return answer.error();
         if (result<void> empty = answer->no_payload(); !empty) return to.within(request::postcopy_advise, empty.error());
-        if (answer->descriptors.size() != 1 || !vhost_user::detail::is_userfaultfd(answer->descriptors.front().get()))
+        const bool notices = to.has(protocol_feature::page_notices);
+        if (answer->descriptors.size() != 1)
             return to.within(request::postcopy_advise,
-                error(errc::bad_message, "a userfaultfd",
-                    answer->descriptors.size() == 1 ? "another descriptor" : std::to_string(answer->descriptors.size()) + " descriptors"));
+                error(errc::unsupported, "a backend with a userfaultfd for postcopy",
+                    std::to_string(answer->descriptors.size()) + " descriptors"));
+        const int fd = answer->descriptors.front().get();
+        if (!(notices ? detail::is_notice_socket(fd) : detail::is_userfaultfd(fd)))
+            return to.within(request::postcopy_advise,
+                error(errc::bad_message, notices ? "a socket for page notices" : "a userfaultfd", "another descriptor"));
         one.fault = std::move(answer->descriptors.front());
         one.phase = client_phase::advised;
         return {};
@@ -265,21 +342,28 @@ private:
         if (result<void> done = to.check_acknowledgement(*heard); !done) return done;
         result<std::vector<detail::client_region>> regions = send_table(to);
         if (!regions) return regions.error();
-        one->memory = std::make_shared<const detail::client_memory>(std::move(one->fault), std::move(*regions));
+        fault_thread::client faults;
+        faults.fd = one->fault.get();
+        faults.name = to.name();
+        faults.failed = [this, one](const error& why, bool is_over) { note(*one, why, is_over); };
+        faults.connection = to.native_handle();
+        if (to.has(protocol_feature::page_notices)) {
+            const auto memory = std::make_shared<detail::noticed_memory>(std::move(one->fault), std::move(*regions));
+            faults.read = [memory](const fault_thread::found_function& found) { return memory->read(found); };
+            one->memory = memory;
+        } else {
+            const auto memory = std::make_shared<detail::addressed_memory>(std::move(one->fault), std::move(*regions));
+            faults.translate = [memory](std::uint64_t address) { return memory->translate(address); };
+            one->memory = memory;
+        }
+        faults.wake = [memory = one->memory](const ram_address& where) {
+            return memory->wake(*where.block, where.offset, where.block->options.host_page_size);
+        };
         {
             const std::lock_guard lock(mapped_mutex_);
             mapped_.push_back(one->memory);
         }
-        const result<unsigned> served = faults_->add({
-            .fd = one->memory->fault(),
-            .translate = [memory = one->memory](std::uint64_t address) { return memory->translate(address); },
-            .wake = [memory = one->memory](const ram_address& where) {
-                return memory->wake(*where.block, where.offset, where.block->options.host_page_size);
-            },
-            .name = to.name(),
-            .failed = [this, one](const error& why, bool is_over) { note(*one, why, is_over); },
-            .connection = to.native_handle(),
-        });
+        const result<unsigned> served = faults_->add(std::move(faults));
         if (!served) return served.error();
         one->served = *served;
         one->phase = client_phase::listening;
@@ -353,11 +437,11 @@ private:
         }
         const result<message> answer = to.ask(make_memory_table(shared->table, std::move(descriptors)));
         if (!answer) return answer.error();
-        if (result<void> fits = take_answer(*answer, *shared); !fits) return to.within(request::set_mem_table, fits.error());
+        if (result<void> fits = take_answer(*answer, *shared, !to.has(protocol_feature::page_notices)); !fits) return to.within(request::set_mem_table, fits.error());
         return std::move(shared->regions);
     }
-    /// The same table with the backend's addresses.
-    static result<void> take_answer(const message& answer, shared_memory& shared) {
+    /// The same table, with the backend's addresses where they are to be known.
+    static result<void> take_answer(const message& answer, shared_memory& shared, bool has_addresses) {
         const result<std::vector<memory_region>> theirs = memory_regions_of(answer);
         if (!theirs) return theirs.error();
         if (const result<memory_table> fits = memory_table::from(*theirs, std::nullopt); !fits) return fits.error();
@@ -368,6 +452,7 @@ private:
             const memory_region& there = (*theirs)[i];
             if (there.guest_address != sent.guest_address || there.size != sent.size)
                 return error(errc::bad_message, "the region " + memory_table::describe(sent), memory_table::describe(there));
+            if (!has_addresses) continue;
             const std::uint64_t unit = shared.regions[i].block->options.host_page_size;
             if (there.user_address == 0 || there.user_address % unit != 0)
                 return error(errc::bad_message, "an address of whole pages of " + std::to_string(unit) + " bytes",
