@@ -44,10 +44,19 @@ constexpr long huge_pages_per_guest = 64;
 
 /// Three at once: one writes files, and reads them back from the disk; one reads a large file; and one reads the disk into a
 /// buffer that the guest itself never touches, so that it is the backend that first does so where the guest has arrived.
-/// That buffer is the first of all that takes memory, and so it is of huge pages, and has them for itself.
+/// That buffer is the first of all that takes memory, and so it is of huge pages, and has them for itself. It is read at
+/// intervals, so that there is time for the others, and the guest comes to its end only after minutes.
 constexpr const char* guest_script = R"sh(
 while true; do
-    dd if=/dev/vda of=/dev/null bs=16M iflag=direct 2>/dev/null || echo BAD direct
+    dd if=/dev/vda of=/dev/null bs=16M iflag=direct 2>/dev/null &
+    reader=$!
+    until grep -q "^State:.Z" /proc/$reader/status; do
+        usleep 50000
+        kill -STOP $reader
+        usleep 200000
+        kill -CONT $reader
+    done
+    wait $reader || echo BAD direct
 done &
 mke2fs -F /dev/vda 65536 >/dev/null
 mount -t ext4 /dev/vda /mnt || echo BAD mount
@@ -141,7 +150,7 @@ struct bench {
     bench(const linux_guest& a_guest, bool huge_pages, std::vector<std::string> options)
         : guest(a_guest), huge(huge_pages), backend_options(std::move(options)) {
         std::ofstream(where / "disk").close();
-        std::filesystem::resize_file(where / "disk", std::uintmax_t{1} << 30);
+        std::filesystem::resize_file(where / "disk", std::uintmax_t{1} << 33);
         guest.write_initramfs(where / "initramfs", {"virtio_pci", "virtio_blk", "ext4"}, guest_script);
     }
     qemu start(const backend& disk, const std::string& incoming, const std::vector<std::string>& capabilities) const {
