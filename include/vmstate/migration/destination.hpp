@@ -397,8 +397,7 @@ private:
         if (postcopy) {
             if (loaded && postcopy->now() == postcopy_state::discard)
                 loaded = error(errc::bad_command, "POSTCOPY_LISTEN after POSTCOPY_RAM_DISCARD", "the end").within("postcopy");
-            if (loaded) postcopy->finish_in_precopy();
-            else postcopy->release();
+            postcopy->release();
         }
         update_ram(in.offset(), pages ? pages->bytes() : 0);
         // It may be gone; that it could not be told is no news then.

@@ -216,14 +216,9 @@ public:
         static_cast<void>(progress_.enter(postcopy_state::end));
         release();
     }
-    /// Everything came by precopy: the main channel stays for the last word.
-    void finish_in_precopy() {
-        end_preempt();
-        release();
-    }
     /// Ends whatever there is: who waits for a page goes on, and finds zeros where none came.
     void release() {
-        // Where the migration ended in precopy, the main channel is the main thread's still.
+        // Where the migration ended in precopy, well or not, the main channel is the main thread's still, for the last word.
         if (is_listening()) broken(error(errc::io, {}, "given up"));
         requests_.disconnect();
         if (listen_.joinable()) listen_.join();
