@@ -116,7 +116,8 @@ public:
     /// A consistent snapshot; any thread may ask.
     migration::status status() const { return monitor_.snapshot(); }
     /// Ends the migration at once and lets the guest run on here. Harmless at any time; too late once the destination
-    /// has loaded everything, and in postcopy, which only its end or `give_up` ends.
+    /// has loaded everything, and in postcopy, which only its end or `give_up` ends. Where all has been sent the destination
+    /// is asked to give up, and `wait` returns when it has said whether it did, or has said nothing for `peer_timeout`.
     void cancel() {
         if (!monitor_.enter(state::cancelling)) return;
         const std::lock_guard lock(channel_mutex_);
@@ -334,13 +335,15 @@ private:
         finish(done);
     }
     /// All has been sent, and something ended the wait for the destination's last word. That may be on its way, and it alone
-    /// says where the guest runs. One that hasn't come by then will not: our output's end tells a destination that still
-    /// loads that we have given up.
+    /// says where the guest runs. Our output's end tells a destination that still loads that we have given up, and one that
+    /// is alive answers or hangs up: however far away it is, that is worth waiting for as long as for any other answer.
     void settle(result<void>& done, output_channel& channel) {
         if (!return_path_thread_.joinable()) return;
         channel.end_output();
         const auto has_spoken = [&](const migration::status&) { return peer_has_spoken_.load(); };
-        if (!monitor_.wait_until(clock::now() + std::chrono::seconds(1), has_spoken)) return;
+        std::chrono::milliseconds patience = parameters().peer_timeout;
+        if (patience.count() != 0) patience = std::max<std::chrono::milliseconds>(patience, std::chrono::seconds(1));
+        if (!monitor_.wait_for(patience, has_spoken)) return;
         const std::lock_guard lock(answer_mutex_);
         if (!answer_) return;
         done = {};
