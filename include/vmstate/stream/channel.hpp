@@ -118,6 +118,17 @@ public:
     void shutdown() noexcept override {
         if constexpr (requires { user_.shutdown(); }) user_.shutdown();
     }
+    void end_output() noexcept override {
+        if constexpr (requires { user_.end_output(); }) user_.end_output();
+    }
+    bool is_ended() noexcept override {
+        if constexpr (requires {
+                          { user_.is_ended() } -> std::convertible_to<bool>;
+                      })
+            return user_.is_ended();
+        else
+            return Base::is_ended();
+    }
     result<std::unique_ptr<duplex_channel>> get_return_path() override {
         if constexpr (requires {
                           { user_.get_return_path() } -> std::convertible_to<result<std::unique_ptr<duplex_channel>>>;

@@ -58,6 +58,7 @@ public:
     void limit_unread(std::size_t bytes) noexcept override { rest_->limit_unread(bytes); }
     result<void> close() override { return rest_->close(); }
     void shutdown() noexcept override { rest_->shutdown(); }
+    void end_output() noexcept override { rest_->end_output(); }
     bool is_ended() noexcept override { return rest_->is_ended(); }
     result<std::unique_ptr<duplex_channel>> get_return_path() override { return rest_->get_return_path(); }
     bool set_timeout(std::chrono::milliseconds timeout) noexcept override { return rest_->set_timeout(timeout); }

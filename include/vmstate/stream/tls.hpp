@@ -316,6 +316,15 @@ public:
 
     /// Of the connection below: what it still has may be an end that TLS says itself.
     bool is_ended() noexcept { return in_->is_ended(); }
+    /// TLS's end of this direction, and then the connection's; the other one goes on. Waits for a write that is under way.
+    void end_output(const timeout_type& timeout) noexcept try {
+        const std::lock_guard writing(writing_);
+        if (timeout) out_->set_timeout(*timeout);
+        say_goodbye();
+        out_->end_output();
+    } catch (const std::exception&) {
+        shutdown(); // without memory for those few bytes the peer is told by the connection alone
+    }
     void shutdown() noexcept {
         shut_.store(true, std::memory_order_relaxed);
         out_->shutdown();
@@ -329,14 +338,7 @@ public:
         if (!abandoned_.load(std::memory_order_relaxed) && !was_shut_down()) {
             const std::lock_guard writing(writing_);
             if (timeout) out_->set_timeout(*timeout);
-            {
-                const std::lock_guard session(session_);
-                ERR_clear_error();
-                if (!broken_) SSL_shutdown(ssl_.get());
-                ERR_clear_error();
-            }
-            // A peer that has all it wants may be gone by now, as QEMU is.
-            (void)send_pending();
+            say_goodbye();
         }
         const result<void> in_closed = in_->close();
         result<void> closed = out_->close();
@@ -447,6 +449,19 @@ private:
         return cipher && SSL_CIPHER_get_auth_nid(cipher) == NID_auth_psk;
     }
 
+    /// Once; nothing is written afterwards. The caller holds writing_.
+    void say_goodbye() {
+        {
+            const std::lock_guard session(session_);
+            if (std::exchange(output_ended_, true)) return;
+            ERR_clear_error();
+            if (!broken_) SSL_shutdown(ssl_.get());
+            ERR_clear_error();
+        }
+        // A peer that has all it wants may be gone by now, as QEMU is.
+        (void)send_pending();
+    }
+
     /// What OpenSSL has for the peer goes to the channel. The caller holds writing_.
     result<void> send_pending() {
         {
@@ -516,6 +531,7 @@ private:
             {
                 const std::lock_guard session(session_);
                 if (broken_) return error(errc::io, {}, "TLS: the session has failed");
+                if (output_ended_) return error(errc::io, {}, "TLS: a write after the output's end");
                 while (more && BIO_ctrl_pending(to_send_) < buffer_size) {
                     const std::span<const std::byte> record = next_record(parts, offset);
                     more = !parts.empty();
@@ -589,6 +605,7 @@ private:
     std::vector<std::byte> plain_;      // writing_
     bool out_failed_ = false;           // writing_
     bool broken_ = false;               // session_
+    bool output_ended_ = false;         // session_
     error later_;                       // session_
     std::string unknown_user_;          // session_
     std::atomic<bool> shut_ = false;
@@ -622,6 +639,9 @@ public:
         return session_->drop_user(true, timeout_);
     }
     void shutdown() noexcept override { session_->shutdown(); }
+    void end_output() noexcept override {
+        if (!closed_) session_->end_output(timeout_);
+    }
     bool is_ended() noexcept override { return session_->is_ended(); }
     result<std::unique_ptr<duplex_channel>> get_return_path() override {
         if (result<void> usable = this->usable(); !usable) return usable.error();
