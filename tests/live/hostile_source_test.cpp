@@ -180,6 +180,57 @@ TEST_CASE("whatever the source does, and where: the destination ends with an err
     leaks.check(migrations);
 }
 
+TEST_CASE("whoever connects besides the source isn't waited for, and nobody is let in once it has opened its channels") {
+    small_machine from(64, plain);
+    fill(from);
+    const bytes stream = record(from);
+    small_machine to(64, plain);
+    migration::destination destination(to.state, to.control);
+    REQUIRE(destination.listen("tcp:127.0.0.1:0"));
+    const std::string uri = destination.uri();
+    result<void> arrived;
+    std::thread receiving([&] { arrived = destination.run(); });
+    auto main = connect(uri);
+    REQUIRE(main);
+    const auto send = [&](std::size_t begin, std::size_t end) {
+        const std::span<const std::byte> some = std::span<const std::byte>(stream).subspan(begin, end - begin);
+        CHECK((*main)->writev({&some, 1}));
+    };
+    send(0, commands_at);
+    while (destination.status().state != migration::state::active) std::this_thread::sleep_for(100us);
+    // Silent ones, one that says something else, and one that breaks off.
+    std::vector<std::unique_ptr<duplex_channel>> strangers;
+    for (int i = 0; i != 10; ++i) {
+        auto one = connect(uri);
+        REQUIRE(one);
+        strangers.push_back(std::move(*one));
+    }
+    const bytes noise(100, std::byte{0x42});
+    const std::span<const std::byte> said(noise);
+    CHECK(strangers.front()->writev({&said, 1}));
+    strangers.back().reset();
+    // The setup's end is the first end of a section.
+    bytes end;
+    append_be64(end, 0x10);
+    append(end, {0x7e});
+    const auto found = std::search(stream.begin(), stream.end(), end.begin(), end.end());
+    REQUIRE(found != stream.end());
+    const auto setup = static_cast<std::size_t>(found - stream.begin()) + 9 + 4;
+    send(commands_at, setup);
+    const auto deadline = std::chrono::steady_clock::now() + 60s;
+    std::string refusal;
+    while (refusal.empty() && std::chrono::steady_clock::now() < deadline)
+        if (auto late = connect(uri, {.timeout = 1s}); !late) refusal = late.error().message();
+    CHECK_THAT(refusal, contains("Connection refused"));
+    CHECK(destination.status().state == migration::state::active);
+    send(setup, stream.size());
+    receiving.join();
+    INFO((arrived ? std::string("ok") : arrived.error().message()));
+    CHECK(arrived);
+    CHECK(to.starts == 1);
+    to.stop();
+}
+
 TEST_CASE("pages that belong nowhere are refused by name, and the source is told") {
     small_machine from(64, plain);
     fill(from);

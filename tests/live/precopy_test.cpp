@@ -211,3 +211,26 @@ TEST_CASE("a cancellation that comes after the destination's last word changes n
     CHECK_FALSE(from.runs());
     CHECK(to.starts == 1);
 }
+
+TEST_CASE("a run or a listen besides the one that waits is refused, and leaves that alone") {
+    small_machine from(64);
+    small_machine to(64);
+    from.start();
+    migration::destination destination(to.state, to.control);
+    REQUIRE(destination.listen("tcp:127.0.0.1:0"));
+    const std::string uri = destination.uri();
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(); });
+    while (destination.status().state != migration::state::setup) std::this_thread::sleep_for(1ms);
+    const result<void> again = destination.run("tcp:127.0.0.1:0");
+    REQUIRE_FALSE(again);
+    CHECK_THAT(again.error().message(), contains("no migration under way, found setup"));
+    CHECK(destination.listen("tcp:127.0.0.1:0").error() == errc::invalid_argument);
+    CHECK(destination.status().state == migration::state::setup);
+    CHECK(destination.uri() == uri);
+    migration::source source(from.state, from.control);
+    REQUIRE(source.start(uri));
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CHECK(arrived.has_value());
+}

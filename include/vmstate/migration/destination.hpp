@@ -10,7 +10,6 @@
 #pragma once
 
 #include <atomic>
-#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -33,6 +32,7 @@
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/postcopy_incoming.hpp>
 #include <vmstate/migration/return_path.hpp>
+#include <vmstate/migration/uninvited_channels.hpp>
 #include <vmstate/postcopy/observer.hpp>
 #include <vmstate/ram/present_pages.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
@@ -56,15 +56,19 @@ public:
         monitor_.wait_until([this](const migration::status&) { return !inside_.load(); });
     }
 
-    /// Listens at a `tcp:` or `unix:` URI, so that `uri()` can be told to the source before `run()` waits for it.
+    /// Listens at a `tcp:` or `unix:` URI, so that `uri()` can be told to the source before `run()` waits for it. Not during
+    /// a `run`.
     result<void> listen(std::string_view uri) {
-        result<socket_listener> listener = socket_listener::listen(uri);
+        if (inside_.load()) return under_way();
+        result<std::unique_ptr<socket_listener>> listener = make_listener(uri);
         if (!listener) return listener.error();
         const std::lock_guard lock(channel_mutex_);
-        listener_ = std::make_unique<socket_listener>(std::move(*listener));
+        if (inside_.load()) return under_way();
+        listener_ = std::move(*listener);
         return {};
     }
-    /// Where `listen` really listens: with the port that was free where 0 was asked for. Empty before.
+    /// Where `listen` really listens: with the port that was free where 0 was asked for. Empty before, and as soon as the
+    /// source's channels are there: nobody else is let in.
     std::string uri() const {
         const std::lock_guard lock(channel_mutex_);
         return listener_ != nullptr ? listener_->uri() : std::string();
@@ -78,10 +82,8 @@ public:
     /// The same at a URI: `tcp:` and `unix:` listen for one source, `exec:`, `fd:` and `file:` read.
     result<void> run(std::string_view uri) {
         const result<vmstate::uri> where = parse_uri(uri);
-        if (where && (std::holds_alternative<tcp_uri>(*where) || std::holds_alternative<unix_uri>(*where))) {
-            if (result<void> listening = listen(uri); !listening) return fail_at_once(listening.error().within("setup"));
-            return run();
-        }
+        if (where && (std::holds_alternative<tcp_uri>(*where) || std::holds_alternative<unix_uri>(*where)))
+            return run_with(accept_from_listener(), true, uri);
         return run_with([&](const opening_options&) -> result<std::unique_ptr<input_channel>> { return open_input(uri); }, false);
     }
     /// The same over a channel of the user's.
@@ -121,20 +123,14 @@ public:
     /// the pages go on; where that fails it is `postcopy_paused` again, and this can be called again.
     result<void> recover(std::string_view uri) {
         if (result<void> paused = check_paused(); !paused) return paused;
-        if (result<void> listening = listen(uri); !listening) return listening;
-        return recover(accept_from_listener());
+        result<std::unique_ptr<socket_listener>> listener = make_listener(uri);
+        if (!listener) return listener.error();
+        return recover_by(accept_from_listener(), std::move(*listener));
     }
     /// The same over channels that `accept` gives: the main one first.
     result<void> recover(const channel_acceptor& accept) {
         if (!accept) return error(errc::invalid_argument, "an acceptor", "none");
-        if (result<void> paused = check_paused(); !paused) return paused;
-        {
-            const std::lock_guard lock(channel_mutex_);
-            recovery_ = accept;
-            recovery_asked_ = true;
-        }
-        monitor_.wake();
-        return {};
+        return recover_by(accept, nullptr);
     }
     /// Breaks the connection of a postcopy on purpose (QEMU: migrate-pause): the state becomes `postcopy_paused`. Does
     /// nothing in other states than `postcopy_active` and `postcopy_recover`.
@@ -218,6 +214,37 @@ private:
         std::optional<std::vector<std::uint32_t>> zero_blocks_; ///< by their number in the stream's list
     };
 
+    /// Where the source has opened all channels that it has, and no page has come: with the first section's end.
+    class setup_watch final : public ram_sync_listener {
+    public:
+        explicit setup_watch(destination& whose) : whose_(whose) {}
+        result<void> end_of_section() override {
+            return std::exchange(is_over_, true) ? result<void>() : whose_.close_listener();
+        }
+        result<void> multifd_flush() override { return {}; } // of QEMU 8.1 without multifd, too
+
+    private:
+        destination& whose_;
+        bool is_over_ = false;
+    };
+
+    error under_way() const { return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now()))); }
+    static result<std::unique_ptr<socket_listener>> make_listener(std::string_view uri) {
+        result<socket_listener> listener = socket_listener::listen(uri);
+        if (!listener) return listener.error();
+        return std::make_unique<socket_listener>(std::move(*listener));
+    }
+    result<void> recover_by(const channel_acceptor& accept, std::unique_ptr<socket_listener> listener) {
+        {
+            const std::lock_guard lock(channel_mutex_);
+            if (result<void> paused = check_paused_locked(); !paused) return paused;
+            if (listener != nullptr) listener_ = std::move(listener);
+            recovery_ = accept;
+            recovery_asked_ = true;
+        }
+        monitor_.wake();
+        return {};
+    }
     channel_acceptor accept_from_listener() {
         return [this](const opening_options& options) -> result<std::unique_ptr<input_channel>> {
             if (listener_ == nullptr) return error(errc::invalid_argument, "listen() before run()", "none");
@@ -229,26 +256,21 @@ private:
         };
     }
 
-    result<void> fail_at_once(const error& failure) {
-        if (!monitor_.enter(state::setup)) return failure;
-        monitor_.update([&](migration::status& at) { at.error_desc = failure; });
-        monitor_.enter(state::failed);
-        return failure;
-    }
-
-    result<void> run_with(const channel_acceptor& accept, bool several_channels) {
+    /// `address`: where `accept` is to listen, where it does and isn't yet.
+    result<void> run_with(const channel_acceptor& accept, bool several_channels, std::string_view address = {}) {
         if (result<void> fit = check(settings_, several_channels); !fit) return fit;
-        if (inside_.exchange(true))
-            return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
-        result<void> done = run_inside(accept);
+        {
+            const std::lock_guard lock(channel_mutex_);
+            if (inside_.exchange(true)) return under_way();
+        }
+        result<void> done = run_inside(accept, address);
         // Under the monitor's lock: the destructor is over as soon as it sees this.
         monitor_.leave(inside_);
         return done;
     }
 
-    result<void> run_inside(const channel_acceptor& accept) {
-        if (!monitor_.enter(state::setup))
-            return error(errc::invalid_argument, "no migration under way", std::string(to_string(monitor_.now())));
+    result<void> run_inside(const channel_acceptor& accept, std::string_view address) {
+        if (!monitor_.enter(state::setup)) return under_way();
         {
             const std::lock_guard lock(channel_mutex_);
             accepting_ = std::stop_source();
@@ -258,6 +280,12 @@ private:
         }
         std::shared_ptr<input_channel> channel;
         result<void> done = detail::guarded([&]() -> result<void> {
+            if (!address.empty()) {
+                result<std::unique_ptr<socket_listener>> listener = make_listener(address);
+                if (!listener) return std::move(listener.error()).within("setup");
+                const std::lock_guard lock(channel_mutex_);
+                listener_ = std::move(*listener);
+            }
             result<incoming_channels> opened = open(accept);
             if (!opened) return std::move(opened.error()).within("setup");
             channel = std::move(opened->main);
@@ -269,6 +297,7 @@ private:
             listener_.reset();
             return std::exchange(postcopy_, nullptr);
         }();
+        uninvited_.close();
         if (postcopy) monitor_.update([&](migration::status& at) { at.postcopy = postcopy->status(); });
         // Where all is loaded the guest runs here, whatever a channel says of its end.
         if (channel) static_cast<void>(channel->close());
@@ -305,27 +334,23 @@ private:
         }
         return tell_apart(accepted, machine_.options().uuid);
     }
-    /// Pages that go over a channel that nobody accepts are lost. Of an acceptor of the user's it isn't known whether it
-    /// would come back without one.
-    result<void> refuse_more_channels() {
+    /// The source's channels are there: from here on nobody else is let in, as QEMU does it. Pages that go over a channel that
+    /// nobody reads are lost; of an acceptor of the user's it isn't known whether it would come back without one.
+    result<void> close_listener() {
         if (listener_ == nullptr) return {};
-        listener_->set_timeout(std::chrono::milliseconds(1));
-        if (!listener_->accept()) return {};
+        uninvited_.take_from(*listener_);
+        {
+            const std::lock_guard lock(channel_mutex_);
+            listener_.reset();
+        }
+        return refuse_uninvited();
+    }
+    /// Of those who have connected before: what tells them apart may have come later. Who has no part in this doesn't matter.
+    result<void> refuse_uninvited() const {
+        if (!uninvited_.has_multifd()) return {};
+        if (!settings_.multifd) return error(errc::invalid_argument, "a source without multifd, as here", "a multifd channel");
         return error(errc::invalid_argument,
             std::to_string(settings_.multifd_channels) + " multifd channels and the main one", "more");
-    }
-    /// The same where no multifd is expected: of few pages all may have left into channels that nobody has accepted. Whoever
-    /// else knocked meanwhile doesn't matter.
-    result<void> refuse_multifd() {
-        if (listener_ == nullptr) return {};
-        listener_->set_timeout(std::chrono::milliseconds(1));
-        for (result<std::unique_ptr<duplex_channel>> next = listener_->accept(); next; next = listener_->accept()) {
-            (*next)->set_timeout(std::chrono::milliseconds(100));
-            std::array<std::byte, 4> magic;
-            if (read_exactly(**next, magic) && vmstate::detail::load_big<std::uint32_t>(magic.data()) == multifd_magic)
-                return error(errc::invalid_argument, "a source without multifd, as here", "a multifd channel");
-        }
-        return {};
     }
     std::stop_token stop_token() const {
         const std::lock_guard lock(channel_mutex_);
@@ -360,6 +385,9 @@ private:
         loading.postcopy = postcopy.get();
         loading.ram_pages = postcopy.get();
         std::optional<multifd_receiver> pages;
+        setup_watch watch(*this);
+        // Their channel for urgent pages comes later.
+        if (!settings_.postcopy_preempt) loading.ram_sync = &watch;
         if (settings_.multifd) {
             // The source is told, and whoever waits for the main channel goes on.
             pages.emplace(machine_, settings_.multifd_compression, settings_.peer_timeout,
@@ -369,7 +397,7 @@ private:
                 },
                 [&] {
                     back.find_zero_blocks();
-                    return refuse_more_channels();
+                    return close_listener();
                 });
             if (result<void> started = pages->start(std::move(multifd)); !started) return std::move(started.error()).within("setup");
             loading.ram_sync = &*pages;
@@ -379,9 +407,8 @@ private:
         if (pages) {
             // What has gone wrong there is the reason for what is wrong here.
             if (result<void> complete = pages->finish(loaded.has_value()); !complete) loaded = complete;
-        } else if (loaded && !settings_.postcopy_ram) {
-            loaded = refuse_multifd();
         }
+        if (loaded && !(postcopy && postcopy->is_listening())) loaded = refuse_uninvited();
         if (postcopy && postcopy->is_listening()) {
             // A source that hears that the devices could not be loaded lets its own guest go on: while there is a way to say so.
             if (!loaded) static_cast<void>(back.shut(false));
@@ -490,6 +517,9 @@ private:
     }
     result<void> check_paused() const {
         const std::lock_guard lock(channel_mutex_);
+        return check_paused_locked();
+    }
+    result<void> check_paused_locked() const {
         if (monitor_.now() != state::postcopy_paused)
             return error(errc::invalid_argument, "a postcopy that is paused", std::string(to_string(monitor_.now())));
         if (recovery_asked_) return error(errc::invalid_argument, "one recovery at a time", "a second one");
@@ -503,14 +533,15 @@ private:
     std::vector<postcopy_observer*> observers_;
     detail::monitor monitor_;
     mutable std::mutex channel_mutex_; ///< all below but inside_
-    std::unique_ptr<socket_listener> listener_;
+    std::unique_ptr<socket_listener> listener_; ///< during a `run` its thread's
     std::vector<std::shared_ptr<input_channel>> channels_; ///< the main one and those of multifd, during a migration
     std::stop_source accepting_;
     std::shared_ptr<postcopy_incoming> postcopy_; ///< during a migration that may go on in it
     channel_acceptor recovery_;                   ///< asked for while paused, where `recovery_asked_` says so
     std::atomic<bool> recovery_asked_ = false;    ///< with given_up_ looked at without the mutex, too
     std::atomic<bool> given_up_ = false;
-    std::atomic<bool> inside_ = false; ///< of `run`
+    std::atomic<bool> inside_ = false; ///< of `run`; set with the mutex
+    detail::uninvited_channels uninvited_; ///< the thread's that is in `run`
 };
 
 } // namespace vmstate::migration

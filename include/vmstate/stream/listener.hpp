@@ -65,6 +65,14 @@ public:
         return std::unique_ptr<duplex_channel>(std::make_unique<socket_channel>(std::move(*fd)));
     }
 
+    /// One that is there already; null where none is.
+    result<std::unique_ptr<socket_channel>> accept_waiting() {
+        result<unique_fd> fd = state_->accept_waiting();
+        if (!fd) return fd.error();
+        if (!*fd) return std::unique_ptr<socket_channel>();
+        return std::make_unique<socket_channel>(std::move(*fd));
+    }
+
     /// Makes an `accept` that waits in another thread, and every later one, fail.
     void cancel() noexcept { state_->cancel(); }
     /// The longest that a later `accept` waits before it fails with `errc::io`, "timed out"; 0, as at first, is for ever.
@@ -174,16 +182,7 @@ private:
                 io.restart();
                 // After restart(), which forgets a stop() that came before; cancel() sets this before it stops.
                 if (cancelled.load()) return error(errc::io, {}, uri + ": accepting was cancelled");
-                for (acceptor_type& acceptor : acceptors) {
-                    // Not Asio's accept, whose sockets commands that are started later inherit.
-                    unique_fd fd(::accept4(acceptor.native_handle(), nullptr, nullptr, SOCK_CLOEXEC));
-                    if (fd) {
-                        detail::prepare_connected(fd.get());
-                        return fd;
-                    }
-                    if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR && errno != ECONNABORTED)
-                        return detail::system_error(uri);
-                }
+                if (result<unique_fd> there = accept_waiting(); !there || *there) return there;
                 for (std::size_t i = 0; i < acceptors.size(); ++i) {
                     if (waiting[i]) continue;
                     waiting[i] = true;
@@ -196,6 +195,19 @@ private:
                     return error(errc::io, {},
                         uri + ": accepting timed out after " + std::to_string(timeout.count()) + " ms");
             }
+        }
+        result<unique_fd> accept_waiting() {
+            for (acceptor_type& acceptor : acceptors) {
+                // Not Asio's accept, whose sockets commands that are started later inherit.
+                unique_fd fd(::accept4(acceptor.native_handle(), nullptr, nullptr, SOCK_CLOEXEC));
+                if (fd) {
+                    detail::prepare_connected(fd.get());
+                    return fd;
+                }
+                if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR && errno != ECONNABORTED)
+                    return detail::system_error(uri);
+            }
+            return unique_fd();
         }
         void cancel() noexcept {
             cancelled.store(true);
