@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -395,5 +397,114 @@ TEST_CASE("multifd over sockets, by URI") {
     CHECK(message_of(source.wait()) == "");
     receiving.join();
     CHECK(message_of(arrived) == "");
+    to.stop();
+}
+
+namespace {
+
+/// Passes on what it is asked to, so many times, and then throws.
+class throwing_channel final : public duplex_channel {
+public:
+    throwing_channel(std::unique_ptr<duplex_channel> inner, int writes, int reads)
+        : inner_(std::move(inner)), writes_(writes), reads_(reads) {}
+
+    result<void> writev(std::span<const std::span<const std::byte>> parts) override {
+        if (writes_-- == 0) throw std::bad_alloc();
+        return inner_->writev(parts);
+    }
+    result<std::size_t> read_some(std::span<const std::span<std::byte>> parts) override {
+        if (reads_-- == 0) throw std::bad_alloc();
+        return inner_->read_some(parts);
+    }
+    void shutdown() noexcept override { inner_->shutdown(); }
+    void end_output() noexcept override { inner_->end_output(); }
+    bool is_ended() noexcept override { return inner_->is_ended(); }
+    bool set_timeout(std::chrono::milliseconds timeout) noexcept override { return inner_->set_timeout(timeout); }
+    result<std::unique_ptr<duplex_channel>> get_return_path() override { return inner_->get_return_path(); }
+    result<void> close() override { throw std::bad_alloc(); }
+
+private:
+    std::unique_ptr<duplex_channel> inner_;
+    int writes_;
+    int reads_;
+};
+/// The channel as one with both directions, which those of a switchboard are.
+template <class Channel>
+std::unique_ptr<Channel> throwing(std::unique_ptr<Channel> channel, int writes, int reads) {
+    std::unique_ptr<duplex_channel> both(dynamic_cast<duplex_channel*>(channel.release()));
+    return std::make_unique<throwing_channel>(std::move(both), writes, reads);
+}
+
+} // namespace
+
+TEST_CASE("what a multifd channel throws in its thread ends the migration, not the process") {
+    const bool at_source = GENERATE(true, false);
+    CAPTURE(at_source);
+    small_machine from(1024);
+    small_machine to(1024);
+    fill(from);
+    from.start();
+    switchboard lines;
+    const migration::parameters settings{.multifd = true, .multifd_channels = 2, .peer_timeout = 30s};
+    // The main channel is the first; that it throws when it is closed has no say in anything.
+    int connected = 0, accepted = 0;
+    const channel_connector connect = lines.connector();
+    const channel_acceptor accept = lines.acceptor();
+    migration::destination destination(to.state, to.control, settings);
+    result<void> arrived;
+    std::thread receiving([&] {
+        arrived = destination.run([&](const opening_options& how) -> result<std::unique_ptr<input_channel>> {
+            result<std::unique_ptr<input_channel>> next = accept(how);
+            if (!next) return next;
+            return throwing(std::move(*next), -1, at_source || accepted++ == 0 ? -1 : 3);
+        });
+    });
+    migration::source source(from.state, from.control, settings);
+    REQUIRE(source.start([&](const opening_options& how) -> result<std::unique_ptr<output_channel>> {
+        result<std::unique_ptr<output_channel>> next = connect(how);
+        if (!next) return next;
+        return throwing(std::move(*next), !at_source || connected++ == 0 ? -1 : 2, -1);
+    }));
+    const result<void> left = source.wait();
+    receiving.join();
+    INFO(message_of(left));
+    INFO(message_of(arrived));
+    REQUIRE(left.has_error());
+    REQUIRE(arrived.has_error());
+    CHECK(has(message_of(at_source ? left : arrived), "multifd channel"));
+    CHECK(has(message_of(at_source ? left : arrived), "bad_alloc"));
+    CHECK(from.runs());
+    CHECK(to.starts == 0);
+}
+
+TEST_CASE("channels that throw when they are closed don't call back a guest that has moved") {
+    small_machine from(64);
+    small_machine to(64);
+    fill(from);
+    from.start();
+    switchboard lines;
+    const migration::parameters settings{.multifd = true, .multifd_channels = 2};
+    const channel_connector connect = lines.connector();
+    const channel_acceptor accept = lines.acceptor();
+    migration::destination destination(to.state, to.control, settings);
+    result<void> arrived;
+    std::thread receiving([&] {
+        arrived = destination.run([&](const opening_options& how) -> result<std::unique_ptr<input_channel>> {
+            result<std::unique_ptr<input_channel>> next = accept(how);
+            if (!next) return next;
+            return throwing(std::move(*next), -1, -1);
+        });
+    });
+    migration::source source(from.state, from.control, settings);
+    REQUIRE(source.start([&](const opening_options& how) -> result<std::unique_ptr<output_channel>> {
+        result<std::unique_ptr<output_channel>> next = connect(how);
+        if (!next) return next;
+        return throwing(std::move(*next), -1, -1);
+    }));
+    CHECK(message_of(source.wait()) == "");
+    receiving.join();
+    CHECK(message_of(arrived) == "");
+    CHECK_FALSE(from.runs());
+    CHECK(to.starts == 1);
     to.stop();
 }

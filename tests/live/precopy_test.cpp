@@ -7,7 +7,9 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -233,4 +235,49 @@ TEST_CASE("a run or a listen besides the one that waits is refused, and leaves t
     CHECK(source.wait().has_value());
     receiving.join();
     CHECK(arrived.has_value());
+}
+
+TEST_CASE("what an observer throws is lost, and the guest moves") {
+    small_machine from(64);
+    small_machine to(64);
+    from.start();
+    channel_pair channels = make_pair();
+    migration::destination destination(to.state, to.control);
+    migration::source source(from.state, from.control);
+    const auto throws = [](const migration::status&) { throw std::runtime_error("an observer's"); };
+    destination.observe(throws);
+    source.observe(throws);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(std::unique_ptr<input_channel>(std::move(channels.other))); });
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CHECK(arrived.has_value());
+    CHECK(to.starts == 1);
+}
+
+TEST_CASE("what the guest's hooks throw while a migration fails doesn't end the process") {
+    small_machine from(2048);
+    fill(from);
+    SECTION("start") {
+        from.control.stop = [] { return result<void>(); };
+        from.control.start = []() -> result<void> { throw std::runtime_error("no way to start"); };
+        migration::source source(from.state, from.control, {.pause_before_switchover = true});
+        REQUIRE(source.start(make_output_channel(failing_sink{~std::size_t{0}})));
+        while (source.status().state != migration::state::pre_switchover) std::this_thread::sleep_for(1ms);
+        source.cancel();
+        CHECK(source.wait().has_error());
+        CHECK(source.status().state == migration::state::cancelled);
+    }
+    SECTION("throttle") {
+        from.slow_down(0us);
+        from.start();
+        from.control.throttle = [](unsigned) { throw std::runtime_error("no way to throttle"); };
+        migration::source source(from.state, from.control, {.downtime_limit = 0ms, .max_bandwidth = 16 << 20, .auto_converge = true});
+        REQUIRE(source.start(make_output_channel(failing_sink{~std::size_t{0}})));
+        const result<void> left = source.wait();
+        REQUIRE_FALSE(left);
+        CHECK_THAT(left.error().message(), contains("no way to throttle"));
+        CHECK(from.runs());
+    }
 }

@@ -300,7 +300,7 @@ private:
         uninvited_.close();
         if (postcopy) monitor_.update([&](migration::status& at) { at.postcopy = postcopy->status(); });
         // Where all is loaded the guest runs here, whatever a channel says of its end.
-        if (channel) static_cast<void>(channel->close());
+        if (channel) static_cast<void>(detail::guarded([&] { return channel->close(); }));
         if (done) return done;
         const bool cancelled = monitor_.now() == state::cancelling;
         if (cancelled) done = error(errc::io, {}, "cancelled");
@@ -392,7 +392,7 @@ private:
             // The source is told, and whoever waits for the main channel goes on.
             pages.emplace(machine_, settings_.multifd_compression, settings_.peer_timeout,
                 [&] {
-                    static_cast<void>(back.shut(false));
+                    static_cast<void>(detail::guarded([&] { return back.shut(false); }));
                     channel.shutdown();
                 },
                 [&] {

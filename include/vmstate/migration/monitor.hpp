@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// The state and the status of a migration, shared by its threads and the user's. Depends on status.hpp.
+// The state and the status of a migration, shared by its threads and the user's. Depends on status.hpp and guarded.hpp.
 #pragma once
 
 #include <atomic>
@@ -10,12 +10,13 @@
 #include <mutex>
 #include <utility>
 
+#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/status.hpp>
 
 namespace vmstate::migration {
 
 /// Told of every change of a migration: state, pass, progress. Called from the migration's threads, without a lock held;
-/// it may ask for the status, and must not wait for the migration.
+/// it may ask for the status, and must not wait for the migration. What it throws is lost.
 using observer = std::function<void(const status&)>;
 
 namespace detail {
@@ -105,13 +106,17 @@ private:
     std::chrono::milliseconds elapsed() const {
         return std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - started_);
     }
+    /// Whatever becomes of the telling, the change has come about, and the migration goes on.
     void tell() const {
-        observer who;
-        {
-            const std::lock_guard lock(observer_mutex_);
-            who = observer_;
-        }
-        if (who) who(snapshot());
+        static_cast<void>(guarded([&]() -> result<void> {
+            observer who;
+            {
+                const std::lock_guard lock(observer_mutex_);
+                who = observer_;
+            }
+            if (who) who(snapshot());
+            return {};
+        }));
     }
 
     mutable std::mutex status_mutex_; ///< status_, started_

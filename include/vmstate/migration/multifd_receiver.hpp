@@ -25,6 +25,7 @@
 
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/machine/ram_section.hpp>
+#include <vmstate/migration/guarded.hpp>
 #include <vmstate/ram/multifd_compression.hpp>
 #include <vmstate/ram/multifd_packet.hpp>
 #include <vmstate/stream/channel.hpp>
@@ -67,7 +68,7 @@ public:
             }
             workers_.push_back(std::move(made));
         }
-        for (const std::unique_ptr<worker>& one : workers_) one->thread = std::thread([this, &it = *one] { receive(it); });
+        for (const std::unique_ptr<worker>& one : workers_) one->thread = std::thread([this, &it = *one] { run(it); });
         return {};
     }
 
@@ -158,6 +159,13 @@ private:
 
     // ---- a channel's thread: owns the channel and the decompressor, reads blocks_
 
+    void run(worker& one) {
+        const result<void> done = detail::guarded([&]() -> result<void> {
+            receive(one);
+            return {};
+        });
+        if (!done) break_off(one, done.error());
+    }
     void receive(worker& one) {
         packet_room room;
         room.header.resize(multifd_packet_header::wire_size(page_size_));

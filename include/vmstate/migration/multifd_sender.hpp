@@ -26,6 +26,7 @@
 #include <vector>
 
 #include <vmstate/machine/ram_block.hpp>
+#include <vmstate/migration/guarded.hpp>
 #include <vmstate/ram/multifd_compression.hpp>
 #include <vmstate/ram/multifd_packet.hpp>
 #include <vmstate/stream/channel.hpp>
@@ -87,7 +88,7 @@ public:
     /// before, so that they fail here says nothing.
     void finish() {
         join();
-        for (const std::unique_ptr<worker>& one : workers_) static_cast<void>(one->channel->close());
+        for (const std::unique_ptr<worker>& one : workers_) static_cast<void>(detail::guarded([&] { return one->channel->close(); }));
     }
 
     /// From any thread: every channel fails.
@@ -150,7 +151,7 @@ private:
         const auto packet = multifd_initial_packet{uuid, static_cast<std::uint8_t>(id)}.encode();
         const std::span<const std::byte> bytes(packet);
         if (result<void> sent = one.channel->writev({&bytes, 1}); !sent) return sent;
-        one.thread = std::thread([this, &one] { work(one); });
+        one.thread = std::thread([this, &one] { run(one); });
         return {};
     }
     void join() {
@@ -192,14 +193,18 @@ private:
 
     // ---- a channel's thread: owns the channel and the compressor; what it is to do is under workers_mutex_
 
-    void work(worker& one) {
+    void run(worker& one) {
+        result<void> done = detail::guarded([&] { return work(one); });
+        if (!done) break_off(std::move(done.error()).within(name_of(one.id)));
+    }
+    result<void> work(worker& one) {
         packet_room room;
         room.header.resize(header_size());
         batch current;
         std::unique_lock lock(workers_mutex_);
         for (;;) {
             one.work.wait(lock, [&] { return ending_ || one.has_batch || one.sync_wanted; });
-            if (ending_) return;
+            if (ending_) return {};
             result<void> sent;
             if (one.has_batch) {
                 std::swap(current, one.next);
@@ -215,17 +220,18 @@ private:
                 lock.lock();
                 one.sync_wanted = false;
             }
-            if (!sent) break_off(lock, std::move(sent.error()).within(name_of(one.id)));
+            if (!sent) return sent;
             idle_.notify_one();
-            if (!sent) return;
         }
     }
-    void break_off(std::unique_lock<std::mutex>& lock, error why) {
-        if (failure_) return;
-        failure_ = std::move(why);
-        lock.unlock();
+    void break_off(error why) {
+        {
+            const std::lock_guard lock(workers_mutex_);
+            idle_.notify_one();
+            if (failure_) return;
+            failure_ = std::move(why);
+        }
         if (failed_) failed_();
-        lock.lock();
     }
 
     struct packet_room {

@@ -313,7 +313,7 @@ private:
         if (done && guest_left_) done = detail::guarded([&] { return run_postcopy(channel); });
         if (!done && end_sent_ && channel) settle(done, *channel);
         if (!done) prefer_answer(done);
-        if (throttled_ != 0) set_throttle(0);
+        if (throttled_ != 0) unthrottle();
         if (!done && channel) channel->shutdown();
         if (return_path_thread_.joinable()) return_path_thread_.join();
         const bool has_word = has_return_path();
@@ -321,7 +321,7 @@ private:
         serving_.store(nullptr);
         // The destination's word says where the guest runs; without one, that all could be stored does.
         if (done && channel) {
-            const result<void> closed = channel->close();
+            const result<void> closed = detail::guarded([&] { return channel->close(); });
             if (!has_word) done = closed;
         }
         std::unique_ptr<output_channel> urgent;
@@ -331,7 +331,7 @@ private:
             urgent = std::move(urgent_channel_);
         }
         channel.reset();
-        if (urgent) (void)urgent->close(); // all that went over it has arrived, or the error is known
+        if (urgent) (void)detail::guarded([&] { return urgent->close(); }); // all that went over it has arrived, or the error is known
         finish(done);
     }
     /// All has been sent, and something ended the wait for the destination's last word. That may be on its way, and it alone
@@ -377,7 +377,7 @@ private:
         // The guest first: whoever waits for the end finds it running.
         error failure = done.error();
         if (stopped_at_ && guest_.start) {
-            if (result<void> started = guest_.start(); !started) failure = started.error().within("start");
+            if (result<void> started = detail::guarded(guest_.start); !started) failure = started.error().within("start");
         }
         stopped_at_.reset();
         const bool cancelled = monitor_.now() == state::cancelling;
@@ -662,6 +662,13 @@ private:
         throttled_ = percent;
         if (guest_.throttle) guest_.throttle(percent);
         monitor_.update([&](migration::status& at) { at.cpu_throttle_percentage = percent; });
+    }
+
+    void unthrottle() {
+        static_cast<void>(detail::guarded([&]() -> result<void> {
+            set_throttle(0);
+            return {};
+        }));
     }
 
     // ---- the guest stands still
