@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSL-1.0
 // Live migration between two machines of ours in one process: the guest is threads that write memory all the time. What
 // arrives is what was there when they stopped, and whatever fails leaves the source's guest running.
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -280,4 +282,30 @@ TEST_CASE("what the guest's hooks throw while a migration fails doesn't end the 
         CHECK_THAT(left.error().message(), contains("no way to throttle"));
         CHECK(from.runs());
     }
+}
+
+TEST_CASE("a source that waits for the SWITCHOVER_ACK says that it is there, and doesn't wait for ever") {
+    small_machine from(64);
+    fill(from);
+    channel_pair channels = make_pair();
+    std::vector<std::byte> sent;
+    std::thread reading([&] {
+        std::vector<std::byte> room(64 * 1024);
+        const std::span<std::byte> part(room);
+        for (result<std::size_t> got = std::size_t{0}; got = channels.other->read_some({&part, 1}), got && *got != 0;)
+            sent.insert(sent.end(), room.begin(), room.begin() + static_cast<std::ptrdiff_t>(*got));
+    });
+    migration::source source(from.state, from.control, {.switchover_ack = true, .peer_timeout = 800ms});
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    const result<void> left = source.wait();
+    reading.join();
+    REQUIRE_FALSE(left);
+    CHECK_THAT(left.error().message(), contains("no SWITCHOVER_ACK from the destination"));
+    CHECK(from.stops == 0);
+    // PING 1: in the setup, and after the last page.
+    constexpr std::array<unsigned char, 9> ping{8, 0, 2, 0, 4, 0, 0, 0, 1};
+    const std::span<const std::byte> wanted = std::as_bytes(std::span(ping));
+    std::size_t pings = 0;
+    for (auto at = sent.begin(); (at = std::search(at, sent.end(), wanted.begin(), wanted.end())) != sent.end(); ++at) ++pings;
+    CHECK(pings >= 2);
 }

@@ -258,7 +258,7 @@ private:
         answer_ = {};
         zero_blocks_.clear();
         zero_blocks_told_ = switchover_acked_ = false;
-        pages_before_window_ = sent_before_sync_ = 0;
+        pages_before_window_ = sent_before_sync_ = sent_when_heard_ = 0;
         outrun_ = throttled_ = 0;
         ready_since_.reset();
         stopped_at_.reset();
@@ -549,6 +549,7 @@ private:
                 if (result<void> sent = send_part(stream, settings); !sent) return sent;
             } else {
                 // The destination isn't ready. What the guest writes meanwhile need not wait for it.
+                if (result<void> sent = keep_alive(stream, settings); !sent) return sent;
                 sleep_until_window_ends(settings.switchover_ack);
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
             }
@@ -560,6 +561,17 @@ private:
         if (!ready_since_ && stream.ram.remaining_on_wire() <= affordable(stream, settings)) ready_since_ = clock::now();
         if (!ready_since_ || settings.peer_timeout.count() == 0 || clock::now() - *ready_since_ < settings.peer_timeout) return {};
         return error(errc::io, {}, "no SWITCHOVER_ACK from the destination").within("return path");
+    }
+    /// The destination hears that we are there, also where nothing is left to be sent: its patience with a silent source is
+    /// taken to be ours.
+    result<void> keep_alive(outgoing& stream, const migration::parameters& settings) {
+        const clock::time_point now = clock::now();
+        if (std::exchange(sent_when_heard_, stream.sent()) != stream.sent()) heard_at_ = now;
+        if (!has_return_path() || settings.peer_timeout.count() == 0 || now - heard_at_ < settings.peer_timeout / 4) return {};
+        ping(stream.saver, 1);
+        heard_at_ = now;
+        sent_when_heard_ = stream.sent();
+        return stream.out.flush();
     }
     /// What could be sent in the time that the guest may stand still.
     std::uint64_t affordable(const outgoing& stream, const migration::parameters& settings) const {
@@ -1111,6 +1123,8 @@ private:
 
     std::uint64_t pages_before_window_ = 0;
     std::uint64_t sent_before_sync_ = 0; ///< bytes of whole pages
+    std::uint64_t sent_when_heard_ = 0;  ///< bytes on all channels
+    clock::time_point heard_at_{};       ///< the destination, of us
     unsigned outrun_ = 0;
     unsigned throttled_ = 0;
     bandwidth_meter meter_;
