@@ -81,14 +81,15 @@ public:
         return sync();
     }
 
-    /// Ends all threads. With `loaded`, the main stream is complete: an error if not all of the channels' part of it has
-    /// been waited for. Otherwise, and in any case before: why the first channel failed that did, if one did.
+    /// Ends all threads. With `loaded`, the main stream is complete: an error if pages came that no sync point waited for.
+    /// A SYNC alone may be left: QEMU 9.1 and 9.2 send one at the very end, and no MULTIFD_FLUSH with it (since its commit
+    /// 637280aeb2). Otherwise, and in any case before: why the first channel failed that did, if one did.
     result<void> finish(bool loaded) {
         {
             const std::lock_guard lock(workers_mutex_);
             if (loaded)
                 for (const std::unique_ptr<worker>& one : workers_)
-                    if (!failure_ && (one->at_sync || (syncs_ == 0 && machine_.ram() != nullptr)))
+                    if (!failure_ && (one->has_new_pages.load() || (syncs_ == 0 && machine_.ram() != nullptr)))
                         failure_ = error(errc::bad_ram, "a sync point in the main stream", "none").within(name_of(one->id));
             ending_ = true;
             for (const std::unique_ptr<worker>& one : workers_) one->channel->shutdown();
@@ -108,6 +109,7 @@ private:
         std::shared_ptr<input_channel> channel;
         std::unique_ptr<multifd_decompressor> decompressor;
         std::thread thread;
+        std::atomic<bool> has_new_pages = false; ///< since the last sync point that the main channel has named
         // Under workers_mutex_:
         bool at_sync = false;
         std::optional<error> ended{}; ///< between two packets: no harm if nothing else was to come
@@ -144,7 +146,10 @@ private:
         if (syncs_++ == 0 && before_pages_)
             if (result<void> fine = before_pages_(); !fine) return fine;
         copy_blocks();
-        for (const std::unique_ptr<worker>& one : workers_) one->at_sync = false;
+        for (const std::unique_ptr<worker>& one : workers_) {
+            one->has_new_pages.store(false);
+            one->at_sync = false;
+        }
         lock.unlock();
         resume_.notify_all();
         return {};
@@ -189,8 +194,10 @@ private:
             }
             const result<multifd_packet_header> header = multifd_packet_header::decode(room.header, page_size_, room.offsets);
             if (!header) return break_off(one, header.error());
-            if (header->normal.size() + header->zero.size() != 0)
+            if (header->normal.size() + header->zero.size() != 0) {
+                one.has_new_pages.store(true);
                 if (result<void> done = receive_pages(one, *header, room); !done) return break_off(one, done.error());
+            }
             bytes_.fetch_add(room.header.size() + header->next_packet_size, std::memory_order_relaxed);
             if (header->is_sync() && !wait_for_main(one)) return;
         }
