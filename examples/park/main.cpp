@@ -19,6 +19,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "parked_file.hpp"
 #include "reader_of_guest.hpp"
 
 #include <array>
@@ -229,9 +230,14 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
         if (const vmstate::result<void> can = vmstate::check_postcopy_support(*machine.ram()); !can)
             return complain("postcopy", can.error());
 
+    // What can't be kept has to be known before it is taken: first that the file can be made, and at the end that it is whole.
+    vmstate::result<park::parked_file> kept = park::parked_file::create(file);
+    if (!kept) return complain(file, kept.error());
+
     // A parked machine doesn't run: nothing to start. In postcopy somebody is to wait for its pages, as a guest would.
     park::reader_of_guest readers(blocks);
     vmstate::migration::guest nobody;
+    nobody.accept = [&] { return kept->keep(machine); };
     std::atomic<bool> is_postcopy = false;
     nobody.start = [&]() -> vmstate::result<void> {
         if (parameters.postcopy_ram) readers.start();
@@ -254,7 +260,10 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
         return destination.run(accept_tls(*listener, *credentials, parameters.peer_timeout));
     }();
     readers.join();
-    if (!arrived) return complain(uri, arrived.error());
+    if (!arrived) {
+        kept->discard(); // its guest runs where it was
+        return complain(uri, arrived.error());
+    }
     if (is_postcopy.load()) {
         if (const std::size_t changed = readers.count_changed(); changed != 0)
             return complain(uri, vmstate::error(vmstate::errc::bad_ram, "pages that were whole when they were read",
@@ -262,8 +271,9 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
         say_who_waited(readers, destination.status().postcopy.faults);
     }
     say_what_came(machine, destination.status());
-    if (const vmstate::result<void> kept = vmstate::save(machine, vmstate::open_output("file:" + file)); !kept)
-        return complain(file, kept.error());
+    // The rest of its memory came after the machine was ours.
+    if (is_postcopy.load())
+        if (const vmstate::result<void> written = kept->keep(machine); !written) return complain(file, written.error());
     std::printf("parked in %s\n", file.c_str());
     return EXIT_SUCCESS;
 }
@@ -364,7 +374,10 @@ int main(int argc, char** argv) {
                "          echo 'migrate unix:/tmp/park.sock' | socat - unix:/tmp/monitor.sock\n"
                "          vmstate-park send vm.parked tcp:host:4444\n"
                "\n"
-               "In postcopy a connection that breaks ends it, and the machine is lost.");
+               "The QEMU hears that the machine is kept when FILE is whole and on the disk; until then it is in FILE.partial, and a\n"
+        "failure leaves the guest to the QEMU, whose capability return-path has to be on for that.\n"
+        "In postcopy it can't be so: the machine is here before its memory is, and FILE is written at the end. A connection\n"
+        "that breaks, or a FILE that can't be written then, loses the machine.");
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& failure) {

@@ -16,6 +16,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -26,11 +27,18 @@ using namespace vmstate::tests;
 
 namespace {
 
+/// Where a QEMU waits, once it has been told to at a port that the system chooses.
+std::string listening_port(qemu& machine) {
+    const auto listening = machine.execute("query-migrate").at("socket-address").as_array();
+    return "tcp:127.0.0.1:" + std::string(listening.at(listening.size() - 1).at("port").as_string());
+}
+
 /// A run of vmstate-park; both of its outputs together.
 class park {
 public:
-    explicit park(const std::string& arguments)
-        : pipe_(::popen((std::string("timeout 120 '" VMSTATE_PARK "' ") + arguments + " 2>&1").c_str(), "r")) {
+    /// `before` it the shell does this.
+    explicit park(const std::string& arguments, const std::string& before = "")
+        : pipe_(::popen((before + std::string("timeout 120 '" VMSTATE_PARK "' ") + arguments + " 2>&1").c_str(), "r")) {
         REQUIRE(pipe_ != nullptr);
     }
     ~park() {
@@ -63,7 +71,8 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     const bool return_path = GENERATE(true, false);
     const bool tls = GENERATE(false, true);
     const bool multifd = GENERATE(false, true);
-    CAPTURE(return_path, tls, multifd);
+    const bool tcp = tls == multifd; // each of them over both
+    CAPTURE(return_path, tls, multifd, tcp);
     const temporary_directory directory;
     const auto path = [&](const char* name) { return (directory / name).string(); };
     qemu_options options{.machine = "pc", .rom = guest_rom("counter")};
@@ -101,9 +110,12 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     configure(first);
     int status = -1;
     {
-        park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema") + with);
-        REQUIRE(receiving.line() == "waiting at unix:" + path("in") + "\n");
-        const migration_outcome left = first.migrate("unix:" + path("in"));
+        park receiving("receive " + (tcp ? "tcp:127.0.0.1:0" : "unix:" + path("in")) + " " + path("parked") + " --schema " +
+                       path("schema") + with);
+        std::string where = receiving.line();
+        REQUIRE(where.starts_with(tcp ? "waiting at tcp:127.0.0.1:" : "waiting at unix:" + path("in") + "\n"));
+        where = where.substr(11, where.size() - 12);
+        const migration_outcome left = first.migrate(where);
         const std::string said = receiving.rest(status);
         CAPTURE(said);
         REQUIRE(left.error == "");
@@ -119,8 +131,9 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
     if (multifd) more.arguments.insert(more.arguments.end(), {"-uuid", uuid});
     qemu second(more);
     configure(second);
-    second.execute("migrate-incoming", {{"uri", "unix:" + path("out")}});
-    const std::string said = park("send " + path("parked") + " unix:" + path("out") + with + (multifd ? " --uuid " + uuid : "")).rest(status);
+    second.execute("migrate-incoming", {{"uri", tcp ? "tcp:127.0.0.1:0" : "unix:" + path("out")}});
+    const std::string where = tcp ? listening_port(second) : "unix:" + path("out");
+    const std::string said = park("send " + path("parked") + " " + where + with + (multifd ? " --uuid " + uuid : "")).rest(status);
     CAPTURE(said);
     REQUIRE(status == 0);
     const auto incoming = second.wait_incoming();
@@ -210,10 +223,7 @@ TEST_CASE("a running guest is parked by postcopy and goes on by postcopy in anot
     configure(second);
     second.execute("migrate-incoming", {{"uri", how.tcp ? std::string("tcp:127.0.0.1:0") : "unix:" + path("out")}});
     std::string where = "unix:" + path("out");
-    if (how.tcp) {
-        const auto listening = second.execute("query-migrate").at("socket-address").as_array();
-        where = "tcp:127.0.0.1:" + std::string(listening.at(listening.size() - 1).at("port").as_string());
-    }
+    if (how.tcp) where = listening_port(second);
     const std::string said = park("send " + path("parked") + " " + where + " --max-postcopy-bandwidth 16000000" + with).rest(status);
     CAPTURE(said);
     REQUIRE(status == 0);
@@ -250,6 +260,47 @@ TEST_CASE("a machine that isn't the schema's is refused by name, and its guest r
     CHECK(said.find("configuration/name") != std::string::npos);
     CHECK(first.status() == "running");
     CHECK_FALSE(std::filesystem::exists(directory / "parked"));
+}
+
+TEST_CASE("a machine that can't be kept runs on where it is") {
+    VMSTATE_REQUIRE_QEMU();
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    qemu first({.machine = "microvm", .rom = guest_rom("counter")});
+    first.wait_serial(lines(1), "a line");
+    REQUIRE(first.migrate_to_file(directory / "schema").completed);
+    first.cont();
+    first.execute("migrate-set-capabilities",
+        {{"capabilities", boost::json::array{boost::json::object{{"capability", "return-path"}, {"state", true}}}}});
+    const std::string receive = "receive unix:" + path("in") + " ";
+    const std::string schema = " --schema " + path("schema");
+    int status = -1;
+    // Where no file can be made nobody waits for a machine.
+    std::string said = park(receive + path("nowhere/parked") + schema).rest(status);
+    CHECK(status == 1);
+    CHECK(said.find("waiting at") == std::string::npos);
+    CHECK(said.find("No such file or directory") != std::string::npos);
+    said = park(receive + "/dev/null" + schema).rest(status);
+    CHECK(status == 1);
+    CHECK(said.find("waiting at") == std::string::npos);
+
+    write_file(directory / "parked", std::vector<std::byte>(3));
+    {
+        park receiving(receive + path("parked") + schema, "trap '' XFSZ; ulimit -f 16; ");
+        REQUIRE(receiving.line() == "waiting at unix:" + path("in") + "\n");
+        CHECK(std::filesystem::exists(directory / "parked.partial"));
+        CHECK_FALSE(first.migrate("unix:" + path("in")).completed);
+        said = receiving.rest(status);
+    }
+    CAPTURE(said);
+    CHECK(status == 1);
+    CHECK(said.find("accept: input/output error: " + path("parked.partial")) != std::string::npos);
+    CHECK(said.find("File too large") != std::string::npos);
+    CHECK(first.status() == "running");
+    CHECK_FALSE(std::filesystem::exists(directory / "parked.partial"));
+    CHECK(std::filesystem::file_size(directory / "parked") == 3); // that of before
+    const std::string before = first.serial();
+    first.wait_serial([&](std::string_view now) { return now.size() > before.size(); }, "more of it");
 }
 
 TEST_CASE("who connects and says nothing isn't waited for longer than one says") {

@@ -103,6 +103,44 @@ TEST_CASE("a destination that refuses leaves the source's guest running") {
     CHECK(to.starts == 0);
 }
 
+TEST_CASE("a destination that can't accept what it has loaded leaves the guest to the source") {
+    const bool accepts = GENERATE(false, true);
+    small_machine from(256);
+    small_machine to(256);
+    fill(from);
+    from.start();
+    channel_pair channels = make_pair();
+    migration::destination destination(to.state, to.control);
+    migration::source source(from.state, from.control);
+    int asked = 0;
+    bool was_loaded = false;
+    migration::state source_was{}, destination_was{};
+    to.control.accept = [&]() -> result<void> {
+        ++asked;
+        was_loaded = to.card.writes == from.card.writes && to.starts == 0;
+        source_was = source.status().state;
+        destination_was = destination.status().state;
+        return accepts ? result<void>() : error(errc::io, {}, "no room left");
+    };
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(std::unique_ptr<input_channel>(std::move(channels.other))); });
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    const result<void> left = source.wait();
+    receiving.join();
+    CHECK(asked == 1);
+    CHECK(was_loaded);
+    CHECK(source_was == migration::state::device);
+    CHECK(destination_was == migration::state::active);
+    CHECK(left.has_value() == accepts);
+    CHECK(arrived.has_value() == accepts);
+    CHECK(from.runs() != accepts);
+    CHECK(to.starts == (accepts ? 1 : 0));
+    if (accepts) return;
+    CHECK(arrived.error().message() == "accept: input/output error: no room left");
+    CHECK(left.error().message().find("the destination could not load the stream") != std::string::npos);
+    CHECK(from.starts == 1);
+}
+
 TEST_CASE("a cancelled migration leaves the source's guest running, and another one may follow") {
     small_machine from(2048);
     small_machine to(2048);

@@ -432,6 +432,12 @@ private:
             static_cast<void>(back.shut(false));
             return std::move(loaded.error()).within("active");
         }
+        if (guest_.accept) {
+            if (result<void> accepted = guest_.accept(); !accepted) {
+                static_cast<void>(back.shut(false));
+                return std::move(accepted.error()).within("accept");
+            }
+        }
         // Said before the guest runs: a source that never hears it lets its own guest go on. From here on there is no way
         // back: a guest that the source has given up is not left standing by a late cancel.
         if (!monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");

@@ -31,6 +31,11 @@ struct guest {
     /// The threads of the vCPUs, as gettid says them; may be empty. Asked at a destination in postcopy, right before `start`:
     /// how long all of them stood still together is the status's `blocktime`.
     std::function<std::vector<std::uint32_t>()> vcpu_threads = {};
+    /// Called at the destination when everything is loaded and valid, before the source is told: the last moment at which the
+    /// guest can be left there. A failure does that and ends the migration; may be empty. The source waits meanwhile, for
+    /// its `peer_timeout`. That it succeeds isn't the end yet: `run` may still fail, and the guest is the source's then. Not
+    /// called where the migration has gone on in postcopy.
+    std::function<result<void>()> accept = {};
 };
 
 } // namespace vmstate::migration
