@@ -434,6 +434,25 @@ TEST_CASE("a SYNC at the very end that the main channel doesn't name is no harm,
     }
 }
 
+TEST_CASE("a bandwidth that is less than a packet of pages in each window is kept") {
+    constexpr std::size_t pages = 200;
+    small_machine from(pages);
+    small_machine to(pages);
+    for (std::size_t at = 0; at < from.memory().size(); at += page) from.memory()[at] = std::byte{1};
+    switchboard lines;
+    const migration::parameters there{.multifd = true, .multifd_channels = 2};
+    migration::parameters here = there;
+    here.downtime_limit = 1ms;
+    here.max_bandwidth = 1'000'000;
+    here.multifd_flush_after_each_section = true;
+    const outcome seen = migrate(from, to, lines, here, there);
+    to.stop();
+    REQUIRE(message_of(seen.left) == "");
+    REQUIRE(message_of(seen.arrived) == "");
+    // However fast this machine is, what comes behind the first packet of 128 pages can't have left sooner.
+    CHECK(seen.source.total_time >= 450ms);
+}
+
 TEST_CASE("what doesn't go together with multifd is refused at once") {
     small_machine one(16);
     channel_pair channels = make_pair();

@@ -210,6 +210,51 @@ TEST_CASE("wherever the channel breaks, the source's guest runs on with its memo
     }
 }
 
+TEST_CASE("what a window has carried beyond its share is missing in the next ones") {
+    migration::bandwidth_meter meter;
+    migration::bandwidth_meter::clock::time_point now{1h};
+    meter.start(1000, now);
+    CHECK_FALSE(meter.is_spent(1000, 0));
+    CHECK(meter.left(1000, 40'000) == 4000); // a tenth of a second's
+    CHECK_FALSE(meter.is_spent(2000, 40'000));
+    CHECK(meter.left(2000, 40'000) == 3000);
+    CHECK(meter.is_spent(11'000, 40'000)); // 10'000: that of two windows and a half
+    CHECK(meter.left(11'000, 40'000) == 0);
+    CHECK_FALSE(meter.update(11'000, now + 99ms));
+    CHECK(meter.update(11'000, now += 100ms));
+    CHECK(meter.is_spent(11'000, 40'000));
+    CHECK(meter.update(11'000, now += 100ms));
+    CHECK_FALSE(meter.is_spent(11'000, 40'000));
+    CHECK(meter.left(11'000, 40'000) == 2000);
+    // What a window leaves is lost.
+    CHECK(meter.update(11'000, now += 500ms));
+    CHECK(meter.update(11'000, now += 100ms));
+    CHECK(meter.left(11'000, 40'000) == 4000);
+    // Without a limit nothing is owed.
+    CHECK_FALSE(meter.is_spent(std::uint64_t{1} << 60, 0));
+    CHECK_FALSE(meter.is_spent(std::uint64_t{1} << 60, 1));
+    CHECK(meter.is_spent(std::uint64_t{1} << 62, 1));
+}
+
+TEST_CASE("a bandwidth that is less than a batch of pages in each window is kept") {
+    small_machine from(96);
+    small_machine to(96);
+    for (std::size_t at = 0; at < from.memory().size(); at += page) from.memory()[at] = std::byte{1};
+    channel_pair channels = make_pair();
+    migration::destination destination(to.state, to.control);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(std::unique_ptr<input_channel>(std::move(channels.other))); });
+    migration::source source(from.state, from.control, {.downtime_limit = 1ms, .max_bandwidth = 400'000});
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CHECK(arrived.has_value());
+    // However fast this machine is, that many bytes can't have left sooner.
+    const migration::status last = source.status();
+    CHECK(last.ram.precopy_bytes > 96 * page);
+    CHECK(last.total_time >= 800ms);
+}
+
 TEST_CASE("the source waits before the switchover until it is told") {
     small_machine from(256);
     small_machine to(256);

@@ -591,7 +591,11 @@ private:
         if (!dirty) leave_out_zero_blocks(stream, settings);
         const clock::time_point enough = clock::now() + std::chrono::milliseconds(50);
         stream.ram.begin_section(section_type::part);
-        while (stream.ram.send(64) && stream.ram.has_dirty() == dirty && clock::now() < enough &&
+        const auto batch = [&]() -> std::size_t {
+            const std::uint64_t pages = meter_.left(stream.sent(), settings.max_bandwidth) / stream.ram.page_size();
+            return static_cast<std::size_t>(std::clamp<std::uint64_t>(pages, 1, 64));
+        };
+        while (stream.ram.send(batch()) && stream.ram.has_dirty() == dirty && clock::now() < enough &&
                !meter_.is_spent(stream.sent(), settings.max_bandwidth) && !postcopy_wanted_.load()) {
         }
         stream.ram.end_section();
