@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSL-1.0
 // Live migration between two machines of ours in one process: the guest is threads that write memory all the time. What
 // arrives is what was there when they stopped, and whatever fails leaves the source's guest running.
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -20,6 +22,7 @@
 #include <vmstate/migration/source.hpp>
 
 #include "small_machine.hpp"
+#include "support/temporary_directory.hpp"
 
 using namespace vmstate;
 using namespace vmstate::tests;
@@ -253,6 +256,56 @@ TEST_CASE("a bandwidth that is less than a batch of pages in each window is kept
     const migration::status last = source.status();
     CHECK(last.ram.precopy_bytes > 96 * page);
     CHECK(last.total_time >= 800ms);
+}
+
+TEST_CASE("a FIFO without another end is waited for until one cancels, or no longer than a peer may take") {
+    const temporary_directory directory;
+    const std::string path = (directory / "fifo").string();
+    REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
+    small_machine from(64);
+    small_machine to(64);
+    {
+        migration::source source(from.state, from.control, {.peer_timeout = 0ms});
+        REQUIRE(source.start("file:" + path));
+        std::this_thread::sleep_for(20ms);
+        CHECK(source.status().state == migration::state::setup);
+        source.cancel();
+        CHECK(source.wait().has_error());
+        CHECK(source.status().state == migration::state::cancelled);
+    }
+    {
+        migration::source source(from.state, from.control, {.peer_timeout = 50ms});
+        REQUIRE(source.start("file:" + path));
+        CHECK_THAT(source.wait().error().message(), contains("no other end of the FIFO: timed out after 50 ms"));
+    }
+    {
+        migration::destination destination(to.state, to.control);
+        result<void> arrived;
+        std::thread receiving([&] { arrived = destination.run("file:" + path); });
+        while (destination.status().state != migration::state::setup) std::this_thread::sleep_for(1ms);
+        destination.cancel();
+        receiving.join();
+        CHECK(arrived.has_error());
+        CHECK(destination.status().state == migration::state::cancelled);
+    }
+    // And whichever end comes first.
+    const bool source_first = GENERATE(true, false);
+    migration::source source(from.state, from.control);
+    migration::destination destination(to.state, to.control);
+    if (source_first) {
+        REQUIRE(source.start("file:" + path));
+        std::this_thread::sleep_for(20ms);
+    }
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run("file:" + path); });
+    if (!source_first) {
+        std::this_thread::sleep_for(20ms);
+        CHECK(source.start("file:" + path).has_value());
+    }
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CHECK((arrived ? std::string() : arrived.error().message()) == "");
+    CHECK(to.starts == 1);
 }
 
 TEST_CASE("the source waits before the switchover until it is told") {

@@ -84,7 +84,9 @@ public:
         const result<vmstate::uri> where = parse_uri(uri);
         if (where && (std::holds_alternative<tcp_uri>(*where) || std::holds_alternative<unix_uri>(*where)))
             return run_with(accept_from_listener(), true, uri);
-        return run_with([&](const opening_options&) -> result<std::unique_ptr<input_channel>> { return open_input(uri); }, false);
+        return run_with(
+            [&](const opening_options& options) -> result<std::unique_ptr<input_channel>> { return open_input(uri, options); },
+            false);
     }
     /// The same over a channel of the user's.
     result<void> run(std::unique_ptr<input_channel> channel) {

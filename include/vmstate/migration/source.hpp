@@ -82,8 +82,8 @@ public:
         if (where && (std::holds_alternative<tcp_uri>(*where) || std::holds_alternative<unix_uri>(*where)))
             return start_thread(connector_to(std::string(uri)), true);
         return start_thread(
-            [text = std::string(uri)](const opening_options&) -> result<std::unique_ptr<output_channel>> {
-                return open_output(text);
+            [text = std::string(uri)](const opening_options& options) -> result<std::unique_ptr<output_channel>> {
+                return open_output(text, options);
             },
             false);
     }

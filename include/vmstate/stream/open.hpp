@@ -8,6 +8,7 @@
 
 #include <concepts>
 #include <memory>
+#include <stop_token>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -106,13 +107,13 @@ inline std::unique_ptr<socket_channel> take_socket(unique_fd fd) {
     return std::make_unique<socket_channel>(std::move(fd));
 }
 
-inline result<std::unique_ptr<output_channel>> open_output_at(const file_uri& file) {
-    return open_output_file(file.path, file.offset);
+inline result<std::unique_ptr<output_channel>> open_output_at(const file_uri& file, const opening_options& options) {
+    return open_output_file(file.path, file.offset, options);
 }
-inline result<std::unique_ptr<output_channel>> open_output_at(const exec_uri& exec) {
+inline result<std::unique_ptr<output_channel>> open_output_at(const exec_uri& exec, const opening_options&) {
     return open_output_command(exec.command);
 }
-inline result<std::unique_ptr<output_channel>> open_output_at(const fd_uri& number) {
+inline result<std::unique_ptr<output_channel>> open_output_at(const fd_uri& number, const opening_options&) {
     result<unique_fd> fd = take_descriptor(number.fd);
     if (!fd) return fd.error();
     if (is_stream_socket(fd->get())) return std::unique_ptr<output_channel>(take_socket(std::move(*fd)));
@@ -121,19 +122,19 @@ inline result<std::unique_ptr<output_channel>> open_output_at(const fd_uri& numb
 // As in QEMU the source connects, and the destination listens for it.
 template <class Address>
     requires socket_address<Address>
-result<std::unique_ptr<output_channel>> open_output_at(const Address& address) {
-    result<std::unique_ptr<duplex_channel>> connected = connect_to(address, {});
+result<std::unique_ptr<output_channel>> open_output_at(const Address& address, const opening_options& options) {
+    result<std::unique_ptr<duplex_channel>> connected = connect_to(address, options);
     if (!connected) return connected.error();
     return std::unique_ptr<output_channel>(std::move(*connected));
 }
 
-inline result<std::unique_ptr<input_channel>> open_input_at(const file_uri& file) {
-    return open_input_file(file.path, file.offset);
+inline result<std::unique_ptr<input_channel>> open_input_at(const file_uri& file, const opening_options& options) {
+    return open_input_file(file.path, file.offset, options);
 }
-inline result<std::unique_ptr<input_channel>> open_input_at(const exec_uri& exec) {
+inline result<std::unique_ptr<input_channel>> open_input_at(const exec_uri& exec, const opening_options&) {
     return open_input_command(exec.command);
 }
-inline result<std::unique_ptr<input_channel>> open_input_at(const fd_uri& number) {
+inline result<std::unique_ptr<input_channel>> open_input_at(const fd_uri& number, const opening_options&) {
     result<unique_fd> fd = take_descriptor(number.fd);
     if (!fd) return fd.error();
     if (is_stream_socket(fd->get())) return std::unique_ptr<input_channel>(take_socket(std::move(*fd)));
@@ -141,9 +142,11 @@ inline result<std::unique_ptr<input_channel>> open_input_at(const fd_uri& number
 }
 template <class Address>
     requires socket_address<Address>
-result<std::unique_ptr<input_channel>> open_input_at(const Address& address) {
+result<std::unique_ptr<input_channel>> open_input_at(const Address& address, const opening_options& options) {
     result<socket_listener> listener = socket_listener::listen_at(address, 1);
     if (!listener) return listener.error();
+    listener->set_timeout(options.timeout);
+    const std::stop_callback end(options.stop, [&] { listener->cancel(); });
     result<std::unique_ptr<duplex_channel>> accepted = listener->accept();
     if (!accepted) return accepted.error();
     return std::unique_ptr<input_channel>(std::move(*accepted));
@@ -151,19 +154,19 @@ result<std::unique_ptr<input_channel>> open_input_at(const Address& address) {
 
 } // namespace detail
 
-/// A channel to write a stream to; `tcp:` and `unix:` connect. `errc::bad_uri`, `errc::unsupported`, or `errc::io` with the system's words.
-inline opened_output open_output(std::string_view text) {
+/// A channel to write a stream to; `tcp:` and `unix:` connect, and `file:` waits for a FIFO's reader, as `options` say. `errc::bad_uri`, `errc::unsupported`, or `errc::io` with the system's words.
+inline opened_output open_output(std::string_view text, const opening_options& options = {}) {
     const result<uri> where = parse_uri(text);
     if (!where) return result<std::unique_ptr<output_channel>>(where.error());
-    return std::visit([](const auto& kind) { return detail::open_output_at(kind); }, *where);
+    return std::visit([&](const auto& kind) { return detail::open_output_at(kind, options); }, *where);
 }
 
-/// A channel to read a stream from; `tcp:` and `unix:` listen, accept one connection, and listen no more. To listen for
-/// several, or to be able to give up, use `socket_listener`.
-inline opened_input open_input(std::string_view text) {
+/// A channel to read a stream from; `tcp:` and `unix:` listen, accept one connection, and listen no more. They, and
+/// `file:` that is a FIFO, wait as `options` say. To listen for several use `socket_listener`.
+inline opened_input open_input(std::string_view text, const opening_options& options = {}) {
     const result<uri> where = parse_uri(text);
     if (!where) return result<std::unique_ptr<input_channel>>(where.error());
-    return std::visit([](const auto& kind) { return detail::open_input_at(kind); }, *where);
+    return std::visit([&](const auto& kind) { return detail::open_input_at(kind, options); }, *where);
 }
 
 } // namespace vmstate
