@@ -258,6 +258,78 @@ TEST_CASE("a bandwidth that is less than a batch of pages in each window is kept
     CHECK(last.total_time >= 800ms);
 }
 
+TEST_CASE("a guest is slowed down where it outruns the channel for two periods of a second, in a row or not") {
+    using clock = migration::auto_converge::clock;
+    const migration::parameters settings{.cpu_throttle_initial = 30, .cpu_throttle_increment = 40, .max_cpu_throttle = 95};
+    migration::auto_converge judge;
+    clock::time_point now{1h};
+    std::uint64_t sent = 5000;
+    judge.start(sent, now);
+    const auto second = [&](std::uint64_t written, std::uint64_t more) {
+        return judge.judge(written, sent += more, settings, now += 1001ms);
+    };
+    // Short passes are judged together.
+    for (int pass = 0; pass != 10; ++pass) CHECK_FALSE(judge.judge(1000, sent += 100, settings, now += 100ms));
+    CHECK_FALSE(judge.judge(0, sent, settings, now += 1ms)); // the first time
+    CHECK_FALSE(second(500, 1000));                          // half of it is no more than that
+    CHECK_FALSE(second(0, 1000));
+    CHECK(second(501, 1000) == 30u);
+    CHECK(judge.throttled() == 30);
+    CHECK_FALSE(second(501, 1000));
+    CHECK(second(501, 1000) == 70u);
+    CHECK_FALSE(second(1, 0));
+    CHECK(second(1, 0) == 95u);
+    for (int more = 0; more != 4; ++more) CHECK_FALSE(second(501, 1000)); // it is the most
+    CHECK(judge.throttled() == 95);
+    judge.start(sent, now);
+    CHECK(judge.throttled() == 0);
+    CHECK_FALSE(second(501, 1000));
+    CHECK(second(501, 1000) == 30u);
+}
+
+TEST_CASE("a guest that outruns the channel is told to slow down, and at the end that it need not any more") {
+    small_machine from(512);
+    small_machine to(512);
+    fill(from);
+    from.start();
+    std::vector<unsigned> told;
+    migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .auto_converge = true,
+        .cpu_throttle_initial = 42, .cpu_throttle_increment = 57};
+    channel_pair channels = make_pair();
+    migration::destination destination(to.state, to.control);
+    std::thread receiving([&] { static_cast<void>(destination.run(std::unique_ptr<input_channel>(std::move(channels.other)))); });
+    migration::source source(from.state, from.control, settings);
+    unsigned seen = 0;
+    from.control.throttle = [&](unsigned percent) {
+        told.push_back(percent);
+        if (told.size() != 1) return;
+        settings.downtime_limit = 60'000ms;
+        source.set_parameters(settings);
+    };
+    source.observe([&](const migration::status& at) { seen = std::max(seen, at.cpu_throttle_percentage); });
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CHECK(told == std::vector<unsigned>{42, 0});
+    CHECK(seen == 42);
+    CHECK(source.status().cpu_throttle_percentage == 0);
+}
+
+TEST_CASE("a throttle that QEMU refuses is refused") {
+    small_machine one(16);
+    const auto refused = [&](const migration::parameters& settings) {
+        migration::source source(one.state, one.control, settings);
+        const result<void> started = source.start("tcp:127.0.0.1:1");
+        return started ? std::string() : started.error().message();
+    };
+    CHECK_THAT(refused({.cpu_throttle_initial = 0}), contains("expected cpu_throttle_initial from 1 to 99, found 0"));
+    CHECK_THAT(refused({.cpu_throttle_initial = 100}), contains("expected cpu_throttle_initial from 1 to 99, found 100"));
+    CHECK_THAT(refused({.cpu_throttle_increment = 0}), contains("expected cpu_throttle_increment from 1 to 99, found 0"));
+    CHECK_THAT(refused({.cpu_throttle_initial = 50, .max_cpu_throttle = 49}),
+        contains("expected max_cpu_throttle from cpu_throttle_initial to 99, found 49"));
+    CHECK_THAT(refused({.max_cpu_throttle = 100}), contains("expected max_cpu_throttle from cpu_throttle_initial to 99, found 100"));
+}
+
 TEST_CASE("a FIFO without another end is waited for until one cancels, or no longer than a peer may take") {
     const temporary_directory directory;
     const std::string path = (directory / "fifo").string();

@@ -37,7 +37,7 @@ struct parameters {
     /// Slows the guest down where its writes outrun the channel (`auto-converge`): see `guest::throttle`.
     bool auto_converge = false;
     /// The first slowdown and the steps by which it grows, in percent of the guest's time (`cpu-throttle-initial`,
-    /// `cpu-throttle-increment`), and the most (`max-cpu-throttle`).
+    /// `cpu-throttle-increment`), each 1 to 99, and the most (`max-cpu-throttle`), not less than the first and at most 99.
     unsigned cpu_throttle_initial = 20;
     unsigned cpu_throttle_increment = 10;
     unsigned max_cpu_throttle = 99;
@@ -83,6 +83,12 @@ inline result<void> check(const parameters& settings, bool several_channels) {
     const auto refuse = [](std::string expected, std::string found) {
         return error(errc::invalid_argument, std::move(expected), std::move(found));
     };
+    if (settings.cpu_throttle_initial < 1 || settings.cpu_throttle_initial > 99)
+        return refuse("cpu_throttle_initial from 1 to 99", std::to_string(settings.cpu_throttle_initial));
+    if (settings.cpu_throttle_increment < 1 || settings.cpu_throttle_increment > 99)
+        return refuse("cpu_throttle_increment from 1 to 99", std::to_string(settings.cpu_throttle_increment));
+    if (settings.max_cpu_throttle < settings.cpu_throttle_initial || settings.max_cpu_throttle > 99)
+        return refuse("max_cpu_throttle from cpu_throttle_initial to 99", std::to_string(settings.max_cpu_throttle));
     if (settings.multifd) {
         if (settings.xbzrle) return refuse("multifd or xbzrle", "both");
         if (settings.postcopy_ram) return refuse("multifd or postcopy_ram", "both");

@@ -41,6 +41,7 @@
 
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/machine/save.hpp>
+#include <vmstate/migration/auto_converge.hpp>
 #include <vmstate/migration/bandwidth.hpp>
 #include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/guest.hpp>
@@ -258,8 +259,8 @@ private:
         answer_ = {};
         zero_blocks_.clear();
         zero_blocks_told_ = switchover_acked_ = false;
-        pages_before_window_ = sent_before_sync_ = sent_when_heard_ = 0;
-        outrun_ = throttled_ = 0;
+        pages_before_window_ = sent_when_heard_ = 0;
+        throttled_ = 0;
         ready_since_.reset();
         stopped_at_.reset();
         monitor_.enter(state::setup);
@@ -526,6 +527,7 @@ private:
 
     result<void> precopy(outgoing& stream) {
         meter_.start(stream.sent());
+        auto_converge_.start(stream.sent());
         for (;;) {
             if (result<void> fine = check_peer(); !fine) return fine;
             const migration::parameters settings = parameters();
@@ -657,21 +659,12 @@ private:
             count_pages(at, stream);
             if (time.count() > 0) at.ram.dirty_pages_rate = static_cast<std::uint64_t>(static_cast<double>(*newly) / time.count());
         });
-        const std::uint64_t sent = stream.ram.counts().normal_bytes;
-        if (!standing_still && settings.auto_converge)
-            slow_down(*newly * stream.ram.page_size(), sent - sent_before_sync_, settings);
+        if (!standing_still && settings.auto_converge) {
+            const std::optional<unsigned> percent = auto_converge_.judge(*newly * stream.ram.page_size(), stream.sent(), settings, now);
+            if (percent) set_throttle(*percent);
+        }
         last_sync_ = now;
-        sent_before_sync_ = sent;
         return {};
-    }
-    /// Where the guest has written, twice in a row, half as much as was sent, it gets less time (QEMU:
-    /// migration_trigger_throttle).
-    void slow_down(std::uint64_t written, std::uint64_t sent, const migration::parameters& settings) {
-        if (written * 2 <= sent) return;
-        if (++outrun_ < 2) return;
-        outrun_ = 0;
-        set_throttle(throttled_ == 0 ? settings.cpu_throttle_initial
-                                     : std::min(throttled_ + settings.cpu_throttle_increment, settings.max_cpu_throttle));
     }
     void set_throttle(unsigned percent) {
         if (percent == throttled_) return;
@@ -1126,11 +1119,10 @@ private:
     clock::time_point next_account_{};
 
     std::uint64_t pages_before_window_ = 0;
-    std::uint64_t sent_before_sync_ = 0; ///< bytes of whole pages
     std::uint64_t sent_when_heard_ = 0;  ///< bytes on all channels
     clock::time_point heard_at_{};       ///< the destination, of us
-    unsigned outrun_ = 0;
-    unsigned throttled_ = 0;
+    unsigned throttled_ = 0;             ///< what the guest was told last
+    auto_converge auto_converge_;
     bandwidth_meter meter_;
     clock::time_point last_sync_{};
     std::optional<clock::time_point> ready_since_; ///< but for the destination's SWITCHOVER_ACK
