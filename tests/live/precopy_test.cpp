@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -328,6 +329,51 @@ TEST_CASE("a throttle that QEMU refuses is refused") {
     CHECK_THAT(refused({.cpu_throttle_initial = 50, .max_cpu_throttle = 49}),
         contains("expected max_cpu_throttle from cpu_throttle_initial to 99, found 49"));
     CHECK_THAT(refused({.max_cpu_throttle = 100}), contains("expected max_cpu_throttle from cpu_throttle_initial to 99, found 100"));
+}
+
+TEST_CASE("the status has what QEMU's has, from the beginning and however short the migration was") {
+    small_machine from(512);
+    small_machine to(512);
+    fill(from);
+    from.start();
+    channel_pair channels = make_pair();
+    migration::destination destination(to.state, to.control);
+    std::thread receiving([&] { static_cast<void>(destination.run(std::unique_ptr<input_channel>(std::move(channels.other)))); });
+    migration::parameters settings{.downtime_limit = 0ms, .xbzrle = true, .xbzrle_cache_size = 8 << 20};
+    migration::source source(from.state, from.control, settings);
+    std::mutex first_mutex;
+    std::optional<std::chrono::milliseconds> first;
+    source.observe([&](const migration::status& at) {
+        const std::lock_guard lock(first_mutex);
+        if (!first && at.state == migration::state::active) first = at.expected_downtime;
+    });
+    SECTION("the downtime that is expected before anything was measured is the most that is allowed") {
+        settings.downtime_limit = 12'345ms;
+        source.set_parameters(settings);
+        REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+        CHECK(source.wait().has_value());
+        REQUIRE(first);
+        CHECK(*first == 12'345ms);
+        CHECK(source.status().ram.mbps > 0); // whether it took as long as a window of 100 ms or not
+    }
+    SECTION("the cache's size and rates") {
+        REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+        double miss_rate = 0;
+        for (migration::status at = source.status(); at.xbzrle_cache.encoding_rate == 0 && !is_final(at.state); at = source.status()) {
+            miss_rate = std::max(miss_rate, at.xbzrle_cache.cache_miss_rate);
+            std::this_thread::sleep_for(1ms);
+        }
+        settings.downtime_limit = 60'000ms;
+        source.set_parameters(settings);
+        CHECK(source.wait().has_value());
+        const migration::status last = source.status();
+        CHECK(last.xbzrle_cache.cache_size == 8 << 20);
+        CHECK(last.xbzrle_cache.encoding_rate > 1);
+        CHECK(last.xbzrle_cache.cache_miss_rate <= 1);
+        CHECK(miss_rate <= 1);
+    }
+    receiving.join();
+    to.stop();
 }
 
 TEST_CASE("a FIFO without another end is waited for until one cancels, or no longer than a peer may take") {

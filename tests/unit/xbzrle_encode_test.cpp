@@ -169,6 +169,30 @@ TEST_CASE("a page in use keeps its place in the cache for two passes") {
     CHECK(kind(b, 6) == xbzrle_page::kind::plain);
 }
 
+TEST_CASE("the rates are those of the last pass") {
+    constexpr std::size_t page_size = 4096;
+    xbzrle_encoder encoder = xbzrle_encoder::make(4 * page_size, page_size).value();
+    CHECK(encoder.counts().cache_size == 4 * page_size);
+    bytes page(page_size, std::byte{1});
+    for (std::uint64_t i = 0; i != 4; ++i) encoder.encode(i * page_size, page, 1);
+    encoder.end_pass(8); // four of them zero pages, or such
+    CHECK(encoder.counts().cache_miss_rate == 0.5);
+    CHECK(encoder.counts().encoding_rate == 0);
+    for (std::uint64_t i = 0; i != 4; ++i) {
+        page[7] = static_cast<std::byte>(100 + i);
+        encoder.encode(i * page_size, page, 2);
+    }
+    // Two lengths and a byte, and what goes before them.
+    REQUIRE(encoder.counts().bytes == 4 * (3 + 3));
+    encoder.end_pass(4);
+    CHECK(encoder.counts().cache_miss_rate == 0);
+    CHECK(encoder.counts().encoding_rate == 4096.0 / 6);
+    encoder.end_pass(0);
+    CHECK(encoder.counts().encoding_rate == 4096.0 / 6);
+    encoder.end_pass(1);
+    CHECK(encoder.counts().encoding_rate == 0);
+}
+
 TEST_CASE("a cache is a power of two of pages") {
     CHECK(xbzrle_encoder::make(3 * 4096).error() == errc::invalid_argument);
     CHECK(xbzrle_encoder::make(4095).error() == errc::invalid_argument);

@@ -145,6 +145,7 @@ public:
     result<std::uint64_t> collect(bool standing_still) {
         ++pass_;
         has_collected_ = true;
+        if (xbzrle_) xbzrle_->end_pass(std::exchange(pages_in_pass_, 0));
         const std::uint64_t before = dirty_pages_;
         for (sent_block& one : blocks_) {
             if (one.log != nullptr) {
@@ -233,6 +234,7 @@ private:
         dirty_pages_ -= count;
         for (std::size_t page = run.first; page != run.first + count; ++page) send_page(one, page);
         at_page_ = run.first + count;
+        pages_in_pass_ += count;
         return count;
     }
     std::size_t send_absent(std::size_t count) {
@@ -244,6 +246,7 @@ private:
         for (std::size_t page = run.first; page != run.first + count; ++page)
             pages_.put_zero(*one.block, std::uint64_t{page} * page_size());
         at_page_ = run.first + count;
+        pages_in_pass_ += count;
         return count;
     }
     void send_page(const sent_block& one, std::size_t page) {
@@ -304,6 +307,7 @@ private:
     std::size_t at_block_ = 0; ///< where the scan goes on
     std::size_t at_page_ = 0;
     std::uint64_t pass_ = 1; ///< over the memory
+    std::uint64_t pages_in_pass_ = 0;
 };
 
 } // namespace vmstate::migration

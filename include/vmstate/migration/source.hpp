@@ -264,6 +264,8 @@ private:
         ready_since_.reset();
         stopped_at_.reset();
         monitor_.enter(state::setup);
+        // Until there is something to reckon with.
+        monitor_.update([limit = parameters().downtime_limit](migration::status& at) { at.expected_downtime = limit; });
         {
             const std::lock_guard lock(channel_mutex_);
             connecting_ = std::stop_source();
@@ -526,6 +528,7 @@ private:
     // ---- the guest runs
 
     result<void> precopy(outgoing& stream) {
+        active_since_ = clock::now();
         meter_.start(stream.sent());
         auto_converge_.start(stream.sent());
         for (;;) {
@@ -754,7 +757,15 @@ private:
     }
     void note_downtime() {
         const auto downtime = std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - *stopped_at_);
-        monitor_.update([&](migration::status& at) { at.downtime = downtime; });
+        monitor_.update([&](migration::status& at) {
+            at.downtime = downtime;
+            at.ram.mbps = whole_mbps(at);
+        });
+    }
+    /// Of the whole transfer: it may have been over before there was a window to measure.
+    double whole_mbps(const migration::status& at) const {
+        const std::chrono::duration<double> time = std::max<clock::duration>(clock::now() - active_since_, std::chrono::microseconds(1));
+        return static_cast<double>(at.ram.transferred) * 8 / 1e6 / time.count();
     }
 
     // ---- postcopy
@@ -850,7 +861,10 @@ private:
         };
         result<void> done = postcopy_->send_rest([&] { return parameters().max_postcopy_bandwidth; }, fine);
         if (done) done = await_last_word(parameters());
-        monitor_.update([&](migration::status& at) { count_postcopy(at); });
+        monitor_.update([&](migration::status& at) {
+            count_postcopy(at);
+            if (done) at.ram.mbps = whole_mbps(at);
+        });
         if (!done) return std::move(done.error().within(to_string(monitor_.now())));
         return {};
     }
@@ -1125,6 +1139,7 @@ private:
     auto_converge auto_converge_;
     bandwidth_meter meter_;
     clock::time_point last_sync_{};
+    clock::time_point active_since_{}; ///< when the first page could go
     std::optional<clock::time_point> ready_since_; ///< but for the destination's SWITCHOVER_ACK
     std::optional<clock::time_point> stopped_at_;
 };

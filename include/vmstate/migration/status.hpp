@@ -33,7 +33,7 @@ struct ram_status {
     std::uint64_t postcopy_bytes = 0;    ///< of `transferred`, in postcopy
     std::uint64_t page_size = 0;
     std::uint64_t pages_per_second = 0;
-    double mbps = 0; ///< megabits per second on the channel, lately
+    double mbps = 0; ///< megabits per second on the channel, lately; at the end, of the whole transfer
 };
 
 /// A destination in postcopy.
@@ -53,7 +53,7 @@ struct status {
     xbzrle_counts xbzrle_cache; ///< with the parameter `xbzrle`
     std::chrono::milliseconds total_time{0};        ///< since the start, or in all
     std::chrono::milliseconds setup_time{0};        ///< until the first page
-    std::chrono::milliseconds expected_downtime{0}; ///< while active: of a switchover now
+    std::chrono::milliseconds expected_downtime{0}; ///< while active: of a switchover now; before it is known, the limit
     /// How long the guest stood still, seen from here: at the end; of postcopy, until the destination has loaded the
     /// devices and starts it.
     std::chrono::milliseconds downtime{0};

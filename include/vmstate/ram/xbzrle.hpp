@@ -114,6 +114,10 @@ struct xbzrle_counts {
     std::uint64_t bytes = 0;      ///< that these took, without the records' words
     std::uint64_t cache_miss = 0; ///< pages that were not in the cache
     std::uint64_t overflow = 0;   ///< pages that the encoding didn't make smaller
+    std::uint64_t cache_size = 0; ///< bytes
+    // Between the last two passes over memory:
+    double cache_miss_rate = 0; ///< how many of all pages that were sent weren't in the cache
+    double encoding_rate = 0;   ///< by how much those in it became smaller: 8 is to an eighth
 };
 
 /// How a page has to be sent.
@@ -179,6 +183,18 @@ public:
         if (here.address == address) here.address = nowhere;
     }
 
+    /// A pass over memory ends, in which so many pages were sent in any way: what the counts say of a pass. Nothing
+    /// happens where none were.
+    void end_pass(std::uint64_t pages_sent) noexcept {
+        if (pages_sent == 0) return;
+        counts_.cache_miss_rate =
+            static_cast<double>(counts_.cache_miss - before_.cache_miss) / static_cast<double>(pages_sent);
+        const std::uint64_t bytes = counts_.bytes - before_.bytes;
+        counts_.encoding_rate =
+            bytes == 0 ? 0 : static_cast<double>((counts_.pages - before_.pages) * page_size_) / static_cast<double>(bytes);
+        before_ = counts_;
+    }
+
     const xbzrle_counts& counts() const noexcept { return counts_; }
     std::size_t page_size() const noexcept { return page_size_; }
 
@@ -197,7 +213,9 @@ private:
     };
 
     xbzrle_encoder(std::size_t places, std::size_t page_size)
-        : page_size_(page_size), places_(places), current_(page_size), encoded_(page_size - 1) {}
+        : page_size_(page_size), places_(places), current_(page_size), encoded_(page_size - 1) {
+        counts_.cache_size = std::uint64_t{places} * page_size;
+    }
 
     place& place_of(std::uint64_t address) noexcept {
         return places_[static_cast<std::size_t>(address / page_size_ & (places_.size() - 1))];
@@ -217,6 +235,7 @@ private:
     std::vector<std::byte> current_;
     std::vector<std::byte> encoded_; // a byte less than a page: as large as the page it would be of no use
     xbzrle_counts counts_;
+    xbzrle_counts before_; ///< when the last pass ended
 };
 
 } // namespace vmstate
