@@ -376,6 +376,66 @@ TEST_CASE("the status has what QEMU's has, from the beginning and however short 
     to.stop();
 }
 
+namespace {
+
+/// A log that finds so many pages each time, as its plan says, and then none.
+class planned_log {
+public:
+    explicit planned_log(std::vector<std::size_t> plan) : state_(std::make_shared<state>(state{std::move(plan), 0})) {}
+    result<void> start() { return {}; }
+    result<void> stop() { return {}; }
+    result<std::uint64_t> collect(page_bitmap& into) {
+        const std::size_t time = state_->times++;
+        const std::size_t count = time < state_->plan.size() ? state_->plan[time] : 0;
+        const std::size_t before = into.count();
+        into.set_range(0, count);
+        return static_cast<std::uint64_t>(into.count() - before);
+    }
+    std::size_t times() const { return state_->times; }
+
+private:
+    struct state {
+        std::vector<std::size_t> plan;
+        std::size_t times;
+    };
+    std::shared_ptr<state> state_;
+};
+
+} // namespace
+
+TEST_CASE("memory without a dirty log counts in what the downtime has to hold, unless it is too much in any case") {
+    // What one can send in the downtime is 1000 pages. Of the logged block 500 are written in each of the first passes.
+    const std::size_t unlogged = GENERATE(400u, 800u, 1200u);
+    CAPTURE(unlogged);
+    std::vector<std::byte> memory((600 + unlogged) * page, std::byte{1}), copy(memory.size());
+    machine from{{.name = "small"}}, to{{.name = "small"}};
+    for (machine* const one : {&from, &to}) {
+        std::vector<std::byte>& all = one == &from ? memory : copy;
+        one->add_ram("logged", std::span(all).first(600 * page));
+        one->add_ram("rom", std::span(all).subspan(600 * page));
+    }
+    planned_log log({500, 500, 500, 500, 500, 500, 100});
+    migration::guest guest, nobody;
+    guest.dirty_logs.emplace("logged", log);
+    std::size_t times_before_stop = 0;
+    guest.stop = [&]() -> result<void> {
+        times_before_stop = log.times();
+        return {};
+    };
+    channel_pair channels = make_pair();
+    migration::destination destination(to, nobody);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(std::unique_ptr<input_channel>(std::move(channels.other))); });
+    migration::source source(from, guest, {.downtime_limit = 100ms, .avail_switchover_bandwidth = 10 * 1000 * page});
+    REQUIRE(source.start(std::unique_ptr<output_channel>(std::move(channels.one))));
+    CHECK(source.wait().has_value());
+    receiving.join();
+    CHECK(arrived.has_value());
+    if (unlogged == 800) CHECK(times_before_stop >= 7);
+    else CHECK(times_before_stop == 1);
+    CHECK(copy == memory);
+}
+
 TEST_CASE("a FIFO without another end is waited for until one cancels, or no longer than a peer may take") {
     const temporary_directory directory;
     const std::string path = (directory / "fifo").string();

@@ -24,7 +24,8 @@ struct guest {
     /// failed or was cancelled after `stop`.
     std::function<result<void>()> start;
     /// Which pages the guest writes, by the RAM block's name; needed at the source for each block that the guest can
-    /// write while it runs. A block without a log is sent once, and again when the guest stands still.
+    /// write while it runs. A block without a log is sent once, and again when the guest stands still: that
+    /// time is part of the downtime that the migration reckons with, but one that is too large for the limit doesn't hold it up.
     std::map<std::string, any_dirty_log, std::less<>> dirty_logs = {};
     /// Takes `percent` of the guest's time away from it, 0 for none (`auto-converge`); may be empty.
     std::function<void(unsigned percent)> throttle = {};

@@ -156,6 +156,7 @@ public:
             }
             one.absent.subtract(one.dirty);
         }
+        if (standing_still) unlogged_sent_ = 0;
         count_pages();
         return dirty_pages_ - before;
     }
@@ -167,6 +168,8 @@ public:
     std::uint64_t remaining_on_wire() const noexcept {
         return dirty_pages_ * pages_.page_size() + absent_pages_ * zero_record_size;
     }
+    /// The same of what was sent and goes again when the guest stands still, since no log tells of it.
+    std::uint64_t unlogged_on_wire() const noexcept { return unlogged_sent_ * pages_.page_size(); }
     /// 1 until the logs are asked for the first time.
     std::uint64_t pass() const noexcept { return pass_; }
     page_counts counts() const noexcept {
@@ -232,6 +235,7 @@ private:
         count = std::min(run.count, count);
         one.dirty.clear_range(run.first, count);
         dirty_pages_ -= count;
+        if (one.log == nullptr) unlogged_sent_ += count;
         for (std::size_t page = run.first; page != run.first + count; ++page) send_page(one, page);
         at_page_ = run.first + count;
         pages_in_pass_ += count;
@@ -303,6 +307,7 @@ private:
     std::vector<sent_block> blocks_;
     std::uint64_t dirty_pages_ = 0; ///< of all blocks
     std::uint64_t absent_pages_ = 0;
+    std::uint64_t unlogged_sent_ = 0; ///< pages
     std::uint64_t skipped_ = 0;
     std::size_t at_block_ = 0; ///< where the scan goes on
     std::size_t at_page_ = 0;

@@ -543,12 +543,12 @@ private:
             const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
             if (!may_switch)
                 if (result<void> patient = await_switchover_ack(stream, settings); !patient) return patient;
-            if (may_switch && stream.ram.remaining_on_wire() <= affordable(stream, settings)) {
+            if (may_switch && is_little_left(stream, settings)) {
                 leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
                 if (result<void> fine = check_peer(); !fine) return fine;
                 // Only now ask the logs: each time costs the guest.
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
-                if (stream.ram.remaining_on_wire() <= affordable(stream, settings)) return {};
+                if (is_little_left(stream, settings)) return {};
             }
             if (stream.ram.remaining() != 0) {
                 if (result<void> sent = send_part(stream, settings); !sent) return sent;
@@ -563,7 +563,7 @@ private:
     }
     /// Nothing but the destination's SWITCHOVER_ACK keeps the guest from being stopped: not for longer than a peer may take.
     result<void> await_switchover_ack(const outgoing& stream, const migration::parameters& settings) {
-        if (!ready_since_ && stream.ram.remaining_on_wire() <= affordable(stream, settings)) ready_since_ = clock::now();
+        if (!ready_since_ && is_little_left(stream, settings)) ready_since_ = clock::now();
         if (!ready_since_ || settings.peer_timeout.count() == 0 || clock::now() - *ready_since_ < settings.peer_timeout) return {};
         return error(errc::io, {}, "no SWITCHOVER_ACK from the destination").within("return path");
     }
@@ -577,6 +577,13 @@ private:
         heard_at_ = now;
         sent_when_heard_ = stream.sent();
         return stream.out.flush();
+    }
+    /// Whether what is left, and what goes again since nobody logs it, can be sent in the time that the guest may stand still.
+    /// Where the latter alone can't, waiting doesn't change that: then it is what is left that counts.
+    bool is_little_left(const outgoing& stream, const migration::parameters& settings) const {
+        const std::uint64_t most = affordable(stream, settings);
+        const std::uint64_t again = stream.ram.unlogged_on_wire();
+        return stream.ram.remaining_on_wire() <= (again <= most ? most - again : most);
     }
     /// What could be sent in the time that the guest may stand still.
     std::uint64_t affordable(const outgoing& stream, const migration::parameters& settings) const {
@@ -634,7 +641,7 @@ private:
                                       static_cast<std::uint64_t>(std::chrono::seconds(1) / bandwidth_meter::window);
             if (meter_.rate() > 0)
                 at.expected_downtime = std::chrono::milliseconds(
-                    static_cast<std::int64_t>(1000 * static_cast<double>(stream.ram.remaining_on_wire()) / meter_.rate()));
+                    static_cast<std::int64_t>(1000 * static_cast<double>(stream.ram.remaining_on_wire() + stream.ram.unlogged_on_wire()) / meter_.rate()));
         });
         pages_before_window_ = counts.normal + counts.duplicate;
     }
