@@ -139,9 +139,13 @@ TEST_CASE("a destination with something in its memory is told of every zero page
 }
 
 TEST_CASE("without a return path nobody can tell, and every zero page is said") {
-    const ram_memory here = ram_memory::anonymous(pages * page).value();
-    const ram_memory there = ram_memory::anonymous(pages * page).value();
+    const std::string kind = GENERATE(Catch::Generators::as<std::string>(), "anonymous", "memfd");
+    CAPTURE(kind);
+    const ram_memory here = make(kind).value();
+    const ram_memory there = make(kind).value();
     write_page(here, 5, 1);
+    write_page(there, 9, 2);
+    REQUIRE(present_pages(there) == 1);
     machine from{{.name = "small"}};
     machine to{{.name = "small"}};
     REQUIRE(from.add_ram("ram", here));
@@ -154,7 +158,9 @@ TEST_CASE("without a return path nobody can tell, and every zero page is said") 
     REQUIRE(all.arrived);
     CHECK(all.status.ram.duplicate == pages - 1);
     CHECK(present_pages(here) == 1);
-    CHECK(present_pages(there) == 1);
+    CHECK(present_pages(there) == 2);
+    CHECK(first_byte(there, 5) == 1);
+    CHECK(first_byte(there, 9) == 0);
 }
 
 TEST_CASE("a guest isn't stopped before the destination has said that it is ready") {

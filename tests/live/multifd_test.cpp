@@ -20,8 +20,12 @@
 
 #include <vmstate/migration/destination.hpp>
 #include <vmstate/migration/source.hpp>
+#include <vmstate/machine/ram_memory.hpp>
+#include <vmstate/ram/marked_log.hpp>
+#include <vmstate/ram/multifd_packet.hpp>
 #include <vmstate/ram/multifd_zlib.hpp>
 #include <vmstate/ram/multifd_zstd.hpp>
+#include <vmstate/ram/present_pages.hpp>
 
 #include "live/footprint.hpp"
 #include "live/small_machine.hpp"
@@ -432,6 +436,44 @@ TEST_CASE("a SYNC at the very end that the main channel doesn't name is no harm,
         CHECK(std::memcmp(from.memory().data() + from.memory().size() / 8, to.memory().data() + from.memory().size() / 8,
                   from.memory().size() * 7 / 8) == 0);
     }
+}
+
+TEST_CASE("a page that a channel's packet calls zero doesn't come into being in a file") {
+    constexpr std::size_t pages = 64;
+    const ram_memory there = ram_memory::memfd("ram", pages * page).value();
+    std::vector<std::byte> here(pages * page, std::byte{1}); // what it says of these pages is overruled
+    machine from{{.name = "small"}}, to{{.name = "small"}};
+    REQUIRE(from.add_ram("ram", std::span<std::byte>(here)));
+    REQUIRE(to.add_ram("ram", there));
+    migration::guest guest, nobody;
+    marked_log log(here.size());
+    guest.dirty_logs.emplace("ram", log);
+    const migration::parameters settings{
+        .downtime_limit = 0ms, .multifd = true, .multifd_channels = 1, .advise_huge_pages = false};
+    recording recorded;
+    migration::source source(from, guest, settings);
+    REQUIRE(source.start(recorded.connector()));
+    REQUIRE(message_of(source.wait()) == "");
+    // In place of the pages: all but one of them are zero, and so is that one, which is there.
+    std::memset(there.span().data() + 3 * page, 7, page);
+    std::vector<std::uint64_t> offsets;
+    for (std::size_t i = 0; i != pages; ++i) offsets.push_back(i * page);
+    multifd_packet_header zeros;
+    zeros.block = "ram";
+    zeros.zero = offsets;
+    const std::size_t header = multifd_packet_header::wire_size(page);
+    std::vector<std::byte>& channel = recorded.channels[1];
+    REQUIRE(channel.size() == 64 + 4 * header + here.size()); // a SYNC, the pages, two SYNCs
+    zeros.encode(std::span(channel).subspan(64 + header, header), page);
+    channel.erase(channel.begin() + static_cast<std::ptrdiff_t>(64 + 2 * header),
+        channel.begin() + static_cast<std::ptrdiff_t>(64 + 2 * header + here.size()));
+    replay replayed(recorded);
+    migration::destination destination(to, nobody, settings);
+    REQUIRE(message_of(destination.run(replayed.acceptor())) == "");
+    page_bitmap present(pages);
+    CHECK(find_present_pages(there.span(), page, present, there.file()).value() == 1);
+    CHECK(present.test(3));
+    CHECK(is_zero_page(there.span().subspan(3 * page, page)));
 }
 
 TEST_CASE("a bandwidth that is less than a packet of pages in each window is kept") {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <optional>
 #include <span>
@@ -49,5 +50,13 @@ struct ram_block {
 
 /// True when all bytes of `page` are zero.
 inline bool is_zero_page(std::span<const std::byte> page) noexcept { return are_zero(page); }
+
+/// Makes `page` zero, at `offset` in a block whose memory comes from `file`, if from any. One that is zero already stays
+/// untouched, and so without memory behind it where it never had any: of anonymous memory reading doesn't change that, of
+/// a file's it would.
+inline void make_zero(std::span<std::byte> page, const ram_file& file, std::uint64_t offset) noexcept {
+    if (file.fd >= 0 && is_hole(file, offset, page.size())) return;
+    if (!is_zero_page(page)) std::memset(page.data(), 0, page.size());
+}
 
 } // namespace vmstate

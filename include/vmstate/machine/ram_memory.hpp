@@ -33,6 +33,14 @@ struct ram_file {
     std::uint64_t offset = 0; ///< of the block's first byte
 };
 
+/// Whether the file has nothing there: memory that is mapped from it is zero, and reading it would only bring it into being.
+/// False where the file system doesn't know (hugetlbfs).
+inline bool is_hole(const ram_file& file, std::uint64_t offset, std::uint64_t size) noexcept {
+    const auto begin = static_cast<off_t>(file.offset + offset);
+    const off_t data = ::lseek(file.fd, begin, SEEK_DATA);
+    return data < 0 ? errno == ENXIO : data >= begin + static_cast<off_t>(size);
+}
+
 /// Memory that is zero, or what its file holds, and not there until it is touched. Lengths and offsets are in bytes, whole
 /// pages of what backs them. Errors are `errc::bad_ram` with the system's words.
 class ram_memory {

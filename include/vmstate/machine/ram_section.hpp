@@ -307,8 +307,8 @@ private:
         const std::span<std::byte> page = block.page(record.value, page_size);
         switch (record.kind) {
         case ram_record_kind::zero:
-            // A page that is zero already stays untouched, and so without memory behind it where it never had any.
-            if (record.fill != 0 || !is_zero_page(page)) std::memset(page.data(), record.fill, page.size());
+            if (record.fill == 0) make_zero(page, block.options.file, record.value);
+            else std::memset(page.data(), record.fill, page.size());
             return {};
         case ram_record_kind::page:
             if (!in.read(page.data(), page.size())) return in.failure();

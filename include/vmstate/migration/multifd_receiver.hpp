@@ -118,6 +118,7 @@ private:
     struct known_block {
         std::string name;
         std::span<std::byte> memory;
+        ram_file file;
     };
 
     static std::string name_of(unsigned id) { return "multifd channel " + std::to_string(id); }
@@ -159,7 +160,7 @@ private:
         const ram_section* const ram = machine_.ram();
         if (ram == nullptr) return;
         for (const std::unique_ptr<ram_block>& block : ram->blocks())
-            if (ram->was_in_stream(*block) && !ram->is_ignored(*block)) blocks_.push_back({block->name, block->used()});
+            if (ram->was_in_stream(*block) && !ram->is_ignored(*block)) blocks_.push_back({block->name, block->used(), block->options.file});
     }
 
     // ---- a channel's thread: owns the channel and the decompressor, reads blocks_
@@ -239,10 +240,8 @@ private:
         const std::span<std::byte> memory = block->memory;
         const auto fail = [&](error why) { return why.within(block->name); };
         if (result<void> fit = header.check_offsets(memory.size(), page_size_); !fit) return fail(fit.error());
-        for (const std::uint64_t offset : header.zero) {
-            const std::span<std::byte> page = memory.subspan(static_cast<std::size_t>(offset), page_size_);
-            if (!is_zero_page(page)) std::memset(page.data(), 0, page.size());
-        }
+        for (const std::uint64_t offset : header.zero)
+            make_zero(memory.subspan(static_cast<std::size_t>(offset), page_size_), block->file, offset);
         if (header.normal.empty()) return {};
         if ((header.flags & multifd_flag::compression) != compression_.method)
             return fail(error(errc::bad_ram, "pages compressed by " + std::string(compression_.name),
