@@ -208,7 +208,7 @@ bool wait_for(auto done) {
 /// Ends with the test, and the test's process.
 class backend_process {
 public:
-    /// `dies_at`: the phase in which it kills itself, if any.
+    /// `dies_at`: the phase in which it kills itself, if any; "source" for one that uses memory until its connection ends.
     backend_process(int socket, unsigned seed, std::uint64_t guest_address, const std::string& dies_at = {}) {
         int pipe[2];
         if (::pipe2(pipe, O_CLOEXEC) != 0) throw std::runtime_error("pipe");
@@ -242,6 +242,10 @@ public:
         if (child_ <= 0) return;
         ::kill(child_, SIGKILL);
         ::waitpid(std::exchange(child_, -1), nullptr, 0);
+    }
+    /// Returns when it has ended by itself.
+    void join() {
+        if (child_ > 0) ::waitpid(std::exchange(child_, -1), nullptr, 0);
     }
     /// How many pages of those that it has used weren't right; none where it ended before it had used them all.
     std::optional<std::uint64_t> wait() const {
@@ -298,11 +302,14 @@ TEST_CASE("a backend", "[.backend]") {
     std::vector<std::thread> users;
     for (unsigned i = 0; i != threads_of_a_backend; ++i)
         users.emplace_back([&, i] {
-            while (!over && backend.postcopy_phase() != vhost_user::phase::running) std::this_thread::sleep_for(1ms);
+            while (!over && dies != "source" && backend.postcopy_phase() != vhost_user::phase::running) std::this_thread::sleep_for(1ms);
             std::vector<std::size_t> order;
             for (std::size_t done = 0; !over && (order.empty() || done != order.size());) {
                 const std::optional<vhost_user::memory_access> access = backend.access();
-                if (!access || access->table().empty()) continue;
+                if (!access || access->table().empty()) {
+                    std::this_thread::sleep_for(100us);
+                    continue;
+                }
                 if (order.empty()) {
                     order.resize(access->table().entries().front().own.size() / page);
                     std::iota(order.begin(), order.end(), std::size_t{0});
@@ -312,7 +319,7 @@ TEST_CASE("a backend", "[.backend]") {
                 const std::span<std::byte> memory = access->table().at_guest(address + order[done] * page, page);
                 if (word_of(memory, 0) != word_at_source(order[done])) ++wrong;
                 counter_of(memory, 0).fetch_add(1);
-                ++done;
+                if (++done == order.size() && dies == "source") done = 0;
             }
         });
     std::thread messages([&] {
@@ -333,7 +340,7 @@ TEST_CASE("a backend", "[.backend]") {
     messages.join();
 }
 
-TEST_CASE("two backends in processes of their own use a machine's memory while postcopy brings it") {
+TEST_CASE("two backends in processes of their own use a machine's memory here, and there while postcopy brings it") {
     const bool preempt = GENERATE(false, true);
     const bool breaks = GENERATE(false, true); // the connection, while they wait for pages
     const bool notices = GENERATE(false, true); // they resolve their faults by themselves
@@ -343,6 +350,32 @@ TEST_CASE("two backends in processes of their own use a machine's memory while p
     if (const result<void> can = check_postcopy_support(*to.state.ram()); !can) return skip(can.error().message());
     from.fill();
     const std::uint64_t address = to.state.ram()->blocks().front()->options.guest_address;
+
+    // At the source they use it until the guest stops.
+    std::vector<std::unique_ptr<backend_process>> at_source;
+    std::vector<connection> to_them;
+    for (unsigned seed = 0; seed != 2; ++seed) {
+        to_them.push_back(connect_backend("at the source", 20s, vhost_user::protocol_feature::reply_ack));
+        at_source.push_back(std::make_unique<backend_process>(to_them.back().back.get(), 50 + seed, address, "source"));
+        to_them.back().back.reset();
+        REQUIRE(message_of(to_them.back().front->negotiate(0, vhost_user::protocol_feature::reply_ack)) == "");
+        const vhost_user::memory_region all{address, pages * page, reinterpret_cast<std::uintptr_t>(from.memory.span().data()), 0};
+        std::vector<unique_fd> files;
+        files.emplace_back(::fcntl(from.memory.file().fd, F_DUPFD_CLOEXEC, 0));
+        REQUIRE(message_of(to_them.back().front->tell(vhost_user::make_memory_table({&all, 1}, std::move(files)))) == "");
+    }
+    from.control.stop = [&]() -> result<void> {
+        for (const connection& one : to_them) one.front->shutdown();
+        for (const auto& one : at_source) one->join();
+        return {};
+    };
+    const auto all_used = [&] {
+        std::size_t used = 0;
+        for (std::size_t number = 0; number != pages; ++number) used += counter_of(from.memory.span(), number).load() > 1;
+        return used > pages / 2;
+    };
+    REQUIRE(wait_for(all_used));
+
     postcopy_clients clients;
     std::vector<std::unique_ptr<backend_process>> processes;
     bool no_minor_faults = false;
@@ -362,7 +395,8 @@ TEST_CASE("two backends in processes of their own use a machine's memory while p
     start("third", dies_at);
     if (no_minor_faults) return skip("a kernel without minor faults of shmem and hugetlbfs (Linux 5.14)");
 
-    migration::parameters settings{.postcopy_ram = true, .postcopy_preempt = preempt, .max_postcopy_bandwidth = 16u << 20};
+    // So slow that it isn't over before it is told to go on in postcopy.
+    migration::parameters settings{.max_bandwidth = 1u << 20, .postcopy_ram = true, .postcopy_preempt = preempt, .max_postcopy_bandwidth = 16u << 20};
     std::thread guest;
     std::atomic<std::size_t> wrong = 0;
     to.control.start = [&]() -> result<void> {
@@ -399,7 +433,8 @@ TEST_CASE("two backends in processes of their own use a machine's memory while p
     CHECK(wrong == 0);
     std::size_t overwritten = 0;
     for (std::size_t number = 0; number != pages; ++number) {
-        const std::uint64_t counted = counter_of(to.memory.span(), number).load();
+        // Where it stood at the source, and once for each of those here.
+        const std::uint64_t counted = counter_of(to.memory.span(), number).load() - counter_of(from.memory.span(), number).load();
         const std::uint64_t expected = 2 * threads_of_a_backend + 1;
         if (counted < expected || counted > expected + (dies_at == "running" ? threads_of_a_backend : 0)) ++overwritten;
     }
@@ -431,7 +466,8 @@ TEST_CASE("backends learn of a migration that fails by the end of their connecti
     REQUIRE(clients.add(one.front));
     hand_made_backend disk(std::move(one.back));
     disk.start();
-    migration::parameters settings{.postcopy_ram = true, .max_postcopy_bandwidth = 64 << 10};
+    // So slow that it isn't over before it is told to go on in postcopy.
+    migration::parameters settings{.max_bandwidth = way == "given up" ? 64u << 10 : 0, .postcopy_ram = true, .max_postcopy_bandwidth = 64 << 10};
     migration::destination destination(to.state, to.control, settings);
     destination.add_postcopy_observer(clients);
     const temporary_directory directory;
