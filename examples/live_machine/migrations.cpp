@@ -45,6 +45,11 @@ outbound::outbound(vm& from, const migration_options& options, const events& all
     source_.observe([this](const vmstate::migration::status& at) {
         report_.leaving(at);
         news_.hear(at);
+        // Here, where the migration waits for it: a pass over few pages is over before anybody else hears of it. The pass of
+        // that number, which has begun, is the one after those.
+        if (at.state == state::active && options_.postcopy_after && !options_.postcopy_after->time &&
+            at.ram.dirty_sync_count > options_.postcopy_after->passes)
+            static_cast<void>(source_.start_postcopy());
     });
 }
 
@@ -58,17 +63,15 @@ void outbound::follow() {
     std::optional<clock::time_point> switch_at;
     if (options_.postcopy_after && options_.postcopy_after->time)
         switch_at = clock::now() + std::chrono::duration_cast<clock::duration>(*options_.postcopy_after->time);
-    bool switched = !options_.postcopy_after;
+    // After passes the observer does it; after none there is nothing to wait for.
+    bool switched = !options_.postcopy_after || (!switch_at && options_.postcopy_after->passes != 0);
     clock::time_point next_try{};
     for (;;) {
         const vmstate::migration::status at = source_.status();
         if (is_final(at.state)) return;
         std::optional<clock::time_point> wake;
         if (!switched) {
-            // The pass of that number, which has begun, is the one after those.
-            const bool is_time =
-                switch_at ? clock::now() >= *switch_at : at.ram.dirty_sync_count > options_.postcopy_after->passes;
-            if (is_time) switched = source_.start_postcopy().has_value();
+            if (!switch_at || clock::now() >= *switch_at) switched = source_.start_postcopy().has_value();
             else wake = switch_at;
         }
         if (at.state == state::postcopy_paused) {
