@@ -48,19 +48,19 @@ constexpr long huge_pages_per_guest = 64;
 /// intervals, so that there is time for the others, and the guest comes to its end only after minutes.
 constexpr const char* guest_script = R"sh(
 while true; do
-    dd if=/dev/vda of=/dev/null bs=16M iflag=direct 2>/dev/null &
+    dd if=/dev/vda of=/dev/null bs=32M iflag=direct 2>/dev/null &
     reader=$!
     until grep -q "^State:.Z" /proc/$reader/status; do
-        usleep 50000
+        usleep 60000
         kill -STOP $reader
-        usleep 200000
+        usleep 60000
         kill -CONT $reader
     done
     wait $reader || echo BAD direct
 done &
 mke2fs -F /dev/vda 65536 >/dev/null
 mount -t ext4 /dev/vda /mnt || echo BAD mount
-dd if=/dev/urandom of=/mnt/large bs=1M count=8 2>/dev/null
+dd if=/dev/urandom of=/mnt/large bs=1M count=4 2>/dev/null
 sync
 sum=$(md5sum < /mnt/large)
 echo READY
@@ -150,7 +150,7 @@ struct bench {
     bench(const linux_guest& a_guest, bool huge_pages, std::vector<std::string> options)
         : guest(a_guest), huge(huge_pages), backend_options(std::move(options)) {
         std::ofstream(where / "disk").close();
-        std::filesystem::resize_file(where / "disk", std::uintmax_t{1} << 33);
+        std::filesystem::resize_file(where / "disk", std::uintmax_t{1} << 34);
         guest.write_initramfs(where / "initramfs", {"virtio_pci", "virtio_blk", "ext4"}, guest_script);
     }
     qemu start(const backend& disk, const std::string& incoming, const std::vector<std::string>& capabilities) const {
@@ -214,7 +214,7 @@ std::size_t faults_of_backend(const qemu& who) {
 /// Slow, so that most of memory is still to come when the guest runs there, until the backend has waited for a page.
 void migrate_postcopy(qemu& from, qemu& to, const std::string& uri) {
     set_postcopy(from, true);
-    from.execute("migrate-set-parameters", {{"max-bandwidth", 1 << 20}, {"max-postcopy-bandwidth", 4 << 20}});
+    from.execute("migrate-set-parameters", {{"max-bandwidth", 1 << 20}, {"max-postcopy-bandwidth", 1 << 20}});
     from.execute("migrate", {{"uri", uri}});
     while (status_of_migration(from) != "active")
         std::this_thread::sleep_for(10ms);
