@@ -119,7 +119,7 @@ struct tls_files {
     }
 };
 
-/// Each call waits for one more channel from the peer. Who has connected may take `handshake_timeout` for each message.
+/// Each call waits for one more channel from the peer. Who has connected may take `handshake_timeout` for the handshake.
 vmstate::channel_acceptor accept_tls(vmstate::socket_listener& listener, const vmstate::tls_credentials& credentials,
     std::chrono::milliseconds handshake_timeout) {
     return [=, &listener](const vmstate::opening_options& options) -> vmstate::result<std::unique_ptr<vmstate::input_channel>> {
@@ -127,8 +127,8 @@ vmstate::channel_acceptor accept_tls(vmstate::socket_listener& listener, const v
         const std::stop_callback end(options.stop, [&listener] { listener.cancel(); });
         vmstate::result<std::unique_ptr<vmstate::duplex_channel>> accepted = listener.accept();
         if (!accepted) return accepted.error();
-        (*accepted)->set_timeout(handshake_timeout);
-        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> secure = vmstate::tls_server(std::move(*accepted), credentials);
+        vmstate::result<std::unique_ptr<vmstate::duplex_channel>> secure = vmstate::tls_server(
+            std::move(*accepted), credentials, {.timeout = handshake_timeout, .stop = options.stop});
         if (!secure) return secure.error();
         return std::unique_ptr<vmstate::input_channel>(std::move(*secure));
     };
@@ -137,9 +137,8 @@ vmstate::channel_connector connect_tls(const std::string& uri, const std::string
     return [=](const vmstate::opening_options& options) -> vmstate::result<std::unique_ptr<vmstate::output_channel>> {
         vmstate::result<std::unique_ptr<vmstate::duplex_channel>> connected = vmstate::connect(uri, options);
         if (!connected) return connected.error();
-        (*connected)->set_timeout(options.timeout);
         vmstate::result<std::unique_ptr<vmstate::duplex_channel>> secure =
-            vmstate::tls_client(std::move(*connected), credentials, hostname);
+            vmstate::tls_client(std::move(*connected), credentials, hostname, options);
         if (!secure) return secure.error();
         return std::unique_ptr<vmstate::output_channel>(std::move(*secure));
     };

@@ -21,6 +21,7 @@
 #include <future>
 #include <optional>
 #include <set>
+#include <stop_token>
 #include <string>
 #include <thread>
 #include <vector>
@@ -32,11 +33,12 @@ using channel_pointer = std::unique_ptr<duplex_channel>;
 
 namespace {
 
-/// A channel that counts the bytes which were written to it.
+/// A channel that counts the bytes which were written to it, and keeps the timeout that it was given last.
 class counting_channel final : public duplex_channel {
 public:
-    explicit counting_channel(channel_pointer inner, std::shared_ptr<std::atomic<std::size_t>> written)
-        : inner_(std::move(inner)), written_(std::move(written)) {}
+    explicit counting_channel(channel_pointer inner, std::shared_ptr<std::atomic<std::size_t>> written,
+        std::chrono::milliseconds* timeout = nullptr)
+        : inner_(std::move(inner)), written_(std::move(written)), timeout_(timeout) {}
     result<void> writev(std::span<const std::span<const std::byte>> parts) override {
         for (const auto part : parts) *written_ += part.size();
         return inner_->writev(parts);
@@ -47,11 +49,15 @@ public:
     result<void> close() override { return inner_->close(); }
     void shutdown() noexcept override { inner_->shutdown(); }
     result<channel_pointer> get_return_path() override { return inner_->get_return_path(); }
-    bool set_timeout(std::chrono::milliseconds timeout) noexcept override { return inner_->set_timeout(timeout); }
+    bool set_timeout(std::chrono::milliseconds timeout) noexcept override {
+        if (timeout_ != nullptr) *timeout_ = timeout;
+        return inner_->set_timeout(timeout);
+    }
 
 private:
     channel_pointer inner_;
     std::shared_ptr<std::atomic<std::size_t>> written_;
+    std::chrono::milliseconds* timeout_;
 };
 
 std::pair<channel_pointer, channel_pointer> socket_pair() {
@@ -522,6 +528,75 @@ TEST_CASE("a peer that is silent is not waited for longer than the timeout") {
         // Half a record is out: nothing may follow it.
         CHECK_THAT(message_of(put(**both.client, one)), contains("an earlier write has failed"));
     }
+}
+
+TEST_CASE("a handshake ends when it is told to, and is bounded as a whole") {
+    const x509_kit kit;
+    const bool client = GENERATE(true, false);
+    CAPTURE(client);
+    auto [near, far] = socket_pair();
+    const tls_credentials credentials = client ? kit.client() : kit.server();
+    const auto shake = [&, &mine = near](const opening_options& how) {
+        return client ? tls_client(std::move(mine), credentials, "localhost", how) : tls_server(std::move(mine), credentials, how);
+    };
+    SECTION("told to while it waits") {
+        std::stop_source giving_up;
+        auto shaking = std::async(std::launch::async, [&] { return message_of(shake({.stop = giving_up.get_token()})); });
+        shaking.wait_for(20ms);
+        giving_up.request_stop();
+        CHECK_THAT(shaking.get(), contains("TLS handshake: cancelled"));
+    }
+    SECTION("told to before") {
+        std::stop_source giving_up;
+        giving_up.request_stop();
+        CHECK_THAT(message_of(shake({.stop = giving_up.get_token()})), contains("TLS handshake: cancelled"));
+    }
+    SECTION("a peer that says a little all the time") {
+        // A record of which there is always more to come.
+        auto dripping = std::async(std::launch::async, [&, &peer = far] {
+            const std::array<std::byte, 5> header{std::byte{0x16}, std::byte{3}, std::byte{3}, std::byte{0x3f}, std::byte{0xff}};
+            if (!put(*peer, header)) return;
+            for (const std::array<std::byte, 1> more{std::byte{2}}; put(*peer, more);) std::this_thread::sleep_for(5ms);
+        });
+        CHECK_THAT(message_of(shake({.timeout = 100ms})), contains("TLS handshake: ") && contains("timed out"));
+        dripping.get();
+    }
+}
+
+TEST_CASE("the bound of a handshake is not the channel's afterwards") {
+    const x509_kit kit;
+    auto [near, far] = socket_pair();
+    std::chrono::milliseconds bound{-1};
+    auto counted = std::make_unique<counting_channel>(std::move(near), std::make_shared<std::atomic<std::size_t>>(0), &bound);
+    const tls_credentials server = kit.server();
+    auto accepting = std::async(
+        std::launch::async, [&server, &accepted = far] { return tls_server(std::move(accepted), server); });
+    auto client = tls_client(std::move(counted), kit.client(), "localhost", {.timeout = 60s});
+    CHECK(message_of(accepting.get()) == "");
+    CHECK(message_of(client) == "");
+    CHECK(bound == 0ms);
+}
+
+TEST_CASE("an end of the output over TLS is heard, and what the peer still says, too") {
+    const x509_kit certificates;
+    const psk_kit keys;
+    const bool pre_shared = GENERATE(false, true);
+    meeting both = pre_shared ? meet(keys.client(), keys.server()) : meet(certificates.client(), certificates.server());
+    REQUIRE(message_of(both.client) == "");
+    REQUIRE(message_of(both.server) == "");
+    auto back = (*both.client)->get_return_path();
+    REQUIRE(message_of(back) == "");
+    REQUIRE(put(**both.client, pattern(10)));
+    CHECK_FALSE((*both.server)->is_ended());
+    (*both.client)->end_output();
+    CHECK_THAT(message_of(put(**both.client, pattern(1))), contains("after the output's end"));
+    CHECK((*both.server)->is_ended());
+    CHECK(get(**both.server, 10).value() == pattern(10));
+    CHECK(get(**both.server, 1).value().empty());
+    REQUIRE(put(**both.server, pattern(100)));
+    CHECK(get(**back, 100).value() == pattern(100));
+    CHECK((*both.server)->close());
+    CHECK(get(**back, 1).value().empty());
 }
 
 TEST_CASE("a connection that ends without a word of TLS is cut off, not at its end") {

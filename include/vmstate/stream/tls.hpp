@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // TLS over any channel with two directions, as QEMU's tls-creds-x509 and tls-creds-psk: the same files, and either side
-// may be QEMU. Depends on channel.hpp, Boost.Asio's SSL context and OpenSSL: link vmstate::tls.
+// may be QEMU. Depends on channel.hpp, connector.hpp, Boost.Asio's SSL context and OpenSSL: link vmstate::tls.
 #pragma once
 
 #include <arpa/inet.h>
@@ -30,6 +30,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <stop_token>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -37,6 +38,7 @@
 #include <vector>
 
 #include <vmstate/stream/channel.hpp>
+#include <vmstate/stream/connector.hpp>
 
 namespace vmstate {
 
@@ -237,7 +239,7 @@ class tls_session {
 public:
     /// `channel` gives its return path for reading, so that both directions wait on their own.
     static result<std::shared_ptr<tls_session>> make(std::unique_ptr<duplex_channel> channel,
-        const tls_credentials& given, tls_endpoint endpoint, const std::string& hostname) {
+        const tls_credentials& given, tls_endpoint endpoint, const std::string& hostname, const opening_options& how) {
         if (given.endpoint() != endpoint)
             return error(errc::invalid_argument, "the credentials of a TLS " + text_of(endpoint),
                 "those of a " + text_of(given.endpoint()));
@@ -257,7 +259,13 @@ public:
         auto session = std::make_shared<tls_session>(
             std::move(channel), std::move(*in), credentials, std::move(ssl), received, to_send);
         SSL_set_app_data(session->ssl_.get(), session.get());
-        if (result<void> shaken = session->handshake(hostname); !shaken) return shaken.error();
+        {
+            const std::stop_callback end(how.stop, [&] { session->shutdown(); });
+            if (result<void> shaken = session->handshake(hostname, how.timeout); !shaken)
+                return how.stop.stop_requested() ? cancelled_handshake() : shaken.error();
+        }
+        if (session->was_shut_down()) return cancelled_handshake();
+        if (how.timeout.count() > 0) session->bound_waits(std::chrono::milliseconds(0));
         return session;
     }
 
@@ -378,8 +386,16 @@ private:
         return error(errc::io, {}, "TLS " + stage + ": " + reason);
     }
 
+    static error cancelled_handshake() { return error(errc::io, {}, "TLS handshake: cancelled"); }
+    void bound_waits(std::chrono::milliseconds longest) noexcept {
+        out_->set_timeout(longest);
+        in_->set_timeout(longest);
+    }
+
     // Only called before anyone else knows this session; it takes the locks all the same, so that there is one rule.
-    result<void> handshake(const std::string& hostname) {
+    result<void> handshake(const std::string& hostname, std::chrono::milliseconds timeout) {
+        using clock = std::chrono::steady_clock;
+        const clock::time_point deadline = clock::now() + timeout;
         const bool client = credentials_->endpoint == tls_endpoint::client;
         {
             const std::lock_guard session(session_);
@@ -410,6 +426,12 @@ private:
             result<void> sent{};
             {
                 const std::lock_guard writing(writing_);
+                if (timeout.count() > 0) {
+                    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - clock::now());
+                    if (left.count() <= 0 && !done && !failure)
+                        return error(errc::io, {}, "TLS handshake: timed out after " + std::to_string(timeout.count()) + " ms");
+                    bound_waits(std::max(left, std::chrono::milliseconds(1)));
+                }
                 sent = send_pending(); // on failure, too: this tells the peer why
             }
             if (failure) return failure;
@@ -694,20 +716,22 @@ inline unsigned tls_credentials::server_key(SSL* ssl, const char* identity, unsi
 }
 
 /// TLS over a connected channel, as the side that connected. `hostname`: whom one expects there, a name or an address, as
-/// QEMU's tls-hostname; of no meaning to a pre-shared key. The channel's timeout bounds each wait of the handshake. A peer
-/// that can't show what the credentials ask for is refused with `errc::io` and the reason before anything else is sent;
-/// a peer that refuses us says so in the first read or write.
+/// QEMU's tls-hostname; of no meaning to a pre-shared key. A peer that can't show what the credentials ask for is refused with
+/// `errc::io` and the reason before anything else is sent; a peer that refuses us says so in the first read or write.
+///
+/// `how`: the longest that the handshake as a whole may take, on channels that have `set_timeout`, which is 0 afterwards;
+/// where it is 0 the channel's own bounds each wait. `how.stop` ends the handshake, and the channel with it.
 inline result<std::unique_ptr<duplex_channel>> tls_client(std::unique_ptr<duplex_channel> channel,
-    const tls_credentials& credentials, const std::string& hostname) {
-    auto session = detail::tls_session::make(std::move(channel), credentials, tls_endpoint::client, hostname);
+    const tls_credentials& credentials, const std::string& hostname, const opening_options& how = {}) {
+    auto session = detail::tls_session::make(std::move(channel), credentials, tls_endpoint::client, hostname, how);
     if (!session) return session.error();
     return std::unique_ptr<duplex_channel>(std::make_unique<detail::tls_channel>(std::move(*session)));
 }
 
 /// The same as the side that accepted.
 inline result<std::unique_ptr<duplex_channel>> tls_server(
-    std::unique_ptr<duplex_channel> channel, const tls_credentials& credentials) {
-    auto session = detail::tls_session::make(std::move(channel), credentials, tls_endpoint::server, {});
+    std::unique_ptr<duplex_channel> channel, const tls_credentials& credentials, const opening_options& how = {}) {
+    auto session = detail::tls_session::make(std::move(channel), credentials, tls_endpoint::server, {}, how);
     if (!session) return session.error();
     return std::unique_ptr<duplex_channel>(std::make_unique<detail::tls_channel>(std::move(*session)));
 }
