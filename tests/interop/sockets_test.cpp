@@ -192,6 +192,46 @@ TEST_CASE("a guest goes from a QEMU over a socket to us, and over a socket to an
     CHECK(counter::check_memory(destination.memory(0, memory_size)) == "");
 }
 
+TEST_CASE("a QEMU that has all of a cancelled migration says so, and has the guest") {
+    VMSTATE_REQUIRE_QEMU();
+    const std::string security = GENERATE("plain", "x509", "psk");
+    CAPTURE(security);
+    const credential_files files;
+    const qemu_options options{.machine = "microvm", .rom = guest_rom("counter")};
+    const recorded_stream original = [&] {
+        qemu first(options);
+        first.wait_serial(lines(3), "3 lines");
+        return record(first);
+    }();
+    replica ours(original);
+    REQUIRE(message_of(ours.load(original.bytes, &original.description)) == "");
+
+    qemu destination(with(with(options, {"-incoming", "defer"}),
+        qemu_credentials(security, files.of(security), tls_endpoint::server)));
+    const std::string uri = listen_on(destination, "tcp:127.0.0.1:0", security);
+    auto out = reach(uri, security, files.of(security));
+    REQUIRE(message_of(out) == "");
+    int starts = 0;
+    vmstate::migration::guest guest{.stop = []() -> vmstate::result<void> { return {}; }, .start = [&]() -> vmstate::result<void> {
+        ++starts;
+        return {};
+    }};
+    vmstate::migration::source source(ours.machine, guest);
+    // All has been sent: the output ends, and QEMU's last word is read all the same.
+    source.observe([&](const vmstate::migration::status& at) {
+        if (at.state == vmstate::migration::state::device && at.ram.downtime_bytes != 0) source.cancel();
+    });
+    REQUIRE(message_of(source.start(std::move(*out))) == "");
+    CHECK(message_of(source.wait()) == "");
+    CHECK(source.status().state == vmstate::migration::state::completed);
+    CHECK(starts == 0);
+    const auto incoming = destination.wait_incoming();
+    REQUIRE(incoming.error == "");
+    REQUIRE(incoming.completed);
+    if (destination.status() != "running") destination.cont();
+    destination.wait_serial(lines(3), "3 more lines");
+}
+
 TEST_CASE("a QEMU whose credentials don't fit is refused, and its guest is still there") {
     VMSTATE_REQUIRE_QEMU();
     credential_files files;
