@@ -80,7 +80,7 @@ result<ram_memory> memory_of(kind what, std::uint64_t size) {
     return error(errc::invalid_argument);
 }
 
-ram_block& add_block(ram_section& ram, const std::string& name, const ram_memory& memory) {
+ram_block& add_block(ram_section& ram, const char* name, const ram_memory& memory) {
     ram_options options;
     options.host_page_size = memory.page_size();
     options.file = memory.file();

@@ -79,7 +79,7 @@ std::size_t use_every_page(std::span<std::byte> memory, unsigned seed) {
     return wrong;
 }
 
-ram_block& add_block(ram_section& ram, const std::string& name, const ram_memory& memory) {
+ram_block& add_block(ram_section& ram, const char* name, const ram_memory& memory) {
     ram_options options;
     options.host_page_size = memory.page_size();
     options.file = memory.file();
