@@ -187,7 +187,7 @@ void check_progress(qemu& running, std::size_t more = 2) {
 
 std::string status_of_migration(qemu& from) {
     std::string status(from.execute("query-migrate").at("status").as_string());
-    if (status == "failed") FAIL(from.complaints());
+    if (status == "failed" || status == "postcopy-paused") FAIL(status << ": " << from.complaints());
     return status;
 }
 void wait_completed(qemu& from) {
