@@ -2,18 +2,17 @@
 // multifd with a real QEMU at the other end: from a QEMU whose guest runs to us, and from us to another QEMU, in which the
 // guest goes on; plain and compressed, over unix sockets, TCP and TLS, with the return path and without.
 #include "support/catch.hpp"
-#include "support/certificates.hpp"
 #include "support/counter.hpp"
 #include "support/outcome.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
+#include "support/tls_channels.hpp"
 
 #include <vmstate/machine/carry.hpp>
 #include <vmstate/migration/destination.hpp>
 #include <vmstate/migration/source.hpp>
 #include <vmstate/ram/multifd_zlib.hpp>
 #include <vmstate/ram/multifd_zstd.hpp>
-#include <vmstate/stream/tls.hpp>
 
 #include <chrono>
 #include <cstdint>
@@ -74,12 +73,7 @@ TEST_CASE("a running QEMU migrates to us over several channels, and we to anothe
     const auto address = [&](const char* name) {
         return how.tcp ? std::string("tcp:127.0.0.1:0") : "unix:" + (directory / name).string();
     };
-    if (how.tls) {
-        certificate_authority authority;
-        authority.write(directory.path());
-        authority.issue({}).write(directory.path(), "server");
-        authority.issue({.name = "source", .alternative_names = {}, .purpose = "clientAuth"}).write(directory.path(), "client");
-    }
+    if (how.tls) write_certificates(directory.path());
     qemu_options options{.machine = how.machine, .rom = guest_rom("counter")};
     const auto with_credentials = [&](const std::string& endpoint) {
         qemu_options more = options;
@@ -114,24 +108,13 @@ TEST_CASE("a running QEMU migrates to us over several channels, and we to anothe
         loading.description = &schema.description;
         vmstate::migration::destination destination(ours.machine, guest, settings, loading);
         vmstate::result<vmstate::socket_listener> listener = vmstate::error(vmstate::errc::io);
-        vmstate::result<vmstate::tls_credentials> credentials = vmstate::error(vmstate::errc::io);
         std::string to_us = address("to-us");
         vmstate::channel_acceptor accept;
         if (how.tls) {
             listener = vmstate::socket_listener::listen(to_us);
             REQUIRE(message_of(listener) == "");
-            credentials = vmstate::tls_credentials::x509(directory.path(), vmstate::tls_endpoint::server);
-            REQUIRE(message_of(credentials) == "");
             to_us = listener->uri();
-            accept = [&](const vmstate::opening_options& opening) -> vmstate::result<std::unique_ptr<vmstate::input_channel>> {
-                listener->set_timeout(opening.timeout);
-                const std::stop_callback end(opening.stop, [&] { listener->cancel(); });
-                auto accepted = listener->accept();
-                if (!accepted) return accepted.error();
-                auto secure = vmstate::tls_server(std::move(*accepted), *credentials);
-                if (!secure) return secure.error();
-                return std::unique_ptr<vmstate::input_channel>(std::move(*secure));
-            };
+            accept = tls_acceptor(*listener, credentials_in(directory.path(), vmstate::tls_endpoint::server));
         } else {
             REQUIRE(message_of(destination.listen(to_us)) == "");
             to_us = destination.uri();
@@ -168,17 +151,8 @@ TEST_CASE("a running QEMU migrates to us over several channels, and we to anothe
     vmstate::migration::guest guest{.stop = {}, .start = {}};
     vmstate::migration::source source(ours.machine, guest, settings);
     if (how.tls) {
-        const auto credentials = vmstate::tls_credentials::x509(directory.path(), vmstate::tls_endpoint::client);
-        REQUIRE(message_of(credentials) == "");
-        const vmstate::channel_connector connect =
-            [=](const vmstate::opening_options& opening) -> vmstate::result<std::unique_ptr<vmstate::output_channel>> {
-            auto connected = vmstate::connect(to_qemu, opening);
-            if (!connected) return connected.error();
-            auto secure = vmstate::tls_client(std::move(*connected), *credentials, "localhost");
-            if (!secure) return secure.error();
-            return std::unique_ptr<vmstate::output_channel>(std::move(*secure));
-        };
-        REQUIRE(message_of(source.start(connect)) == "");
+        const auto credentials = credentials_in(directory.path(), vmstate::tls_endpoint::client);
+        REQUIRE(message_of(source.start(tls_connector(to_qemu, credentials))) == "");
     } else {
         REQUIRE(message_of(source.start(to_qemu)) == "");
     }

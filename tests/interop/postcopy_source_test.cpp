@@ -8,6 +8,7 @@
 #include "support/huge_pages.hpp"
 #include "support/qemu.hpp"
 #include "support/recorded_stream.hpp"
+#include "support/tls_channels.hpp"
 
 #include <vmstate/machine/carry.hpp>
 #include <vmstate/machine/ram_memory.hpp>
@@ -148,9 +149,16 @@ private:
 /// A QEMU that waits for it.
 class waiting_qemu {
 public:
-    waiting_qemu(bool tcp, bool preempt, bool postcopy = true, qemu_options options = options_of_guest()) : tcp_(tcp) {
+    waiting_qemu(bool tcp, bool preempt, bool postcopy = true, qemu_options options = options_of_guest(), bool tls = false)
+        : tcp_(tcp) {
         options.arguments.insert(options.arguments.end(), {"-incoming", "defer"});
+        if (tls) {
+            write_certificates(directory_.path());
+            options.arguments.insert(options.arguments.end(),
+                {"-object", "tls-creds-x509,id=tls0,verify-peer=on,endpoint=server,dir=" + directory_.path().string()});
+        }
         there.emplace(std::move(options));
+        if (tls) there->execute("migrate-set-parameters", {{"tls-creds", "tls0"}});
         const auto capability = [](const char* name, bool on) {
             return boost::json::object{{"capability", name}, {"state", on}};
         };
@@ -179,6 +187,8 @@ public:
     std::string next_state() {
         return std::string(there->wait_event("MIGRATION").at("data").as_object().at("status").as_string());
     }
+    /// Of those that its `tls` trusts.
+    vmstate::tls_credentials credentials() const { return credentials_in(directory_.path(), vmstate::tls_endpoint::client); }
     /// Reads guest memory as somebody who needs it now.
     void touch(std::size_t at) { there->human("xp /1xg " + std::to_string(at)); }
 
@@ -274,19 +284,22 @@ TEST_CASE("in postcopy our guest runs on in a QEMU, which asks us for the pages 
     struct way {
         bool tcp, preempt, at_once;
         std::uint64_t bandwidth;
+        bool tls = false;
     };
-    const way how = GENERATE(way{false, false, true, 10 << 20}, way{false, true, false, 10 << 20}, way{true, true, true, 10 << 20},
+    const way how = GENERATE(way{true, false, true, 10 << 20, true}, way{false, true, true, 10 << 20, true},
+        way{false, false, true, 10 << 20}, way{false, true, false, 10 << 20}, way{true, true, true, 10 << 20},
         way{true, false, false, 10 << 20}, way{false, true, true, 0}, way{true, false, true, 0});
-    CAPTURE(how.tcp, how.preempt, how.at_once, how.bandwidth);
+    CAPTURE(how.tcp, how.preempt, how.at_once, how.bandwidth, how.tls);
     busy_machine from;
-    waiting_qemu destination(how.tcp, how.preempt);
+    waiting_qemu destination(how.tcp, how.preempt, true, options_of_guest(), how.tls);
     vmstate::migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = how.at_once ? 1u << 20 : 20u << 20,
         .postcopy_ram = true, .postcopy_preempt = how.preempt, .max_postcopy_bandwidth = how.bandwidth};
     history states; // who watches outlives what it watches
     vmstate::migration::source source(from.machine(), from.guest, settings);
     states.watch(source);
     CHECK(source.start_postcopy().error() == vmstate::errc::invalid_argument); // nothing is under way
-    REQUIRE(message_of(source.start(destination.address())) == "");
+    REQUIRE(message_of(how.tls ? source.start(tls_connector(destination.address(), destination.credentials()))
+                               : source.start(destination.address())) == "");
     if (!how.at_once) REQUIRE(wait_for([&] { return source.status().ram.dirty_sync_count >= 2 || is_final(source.status().state); }));
     CHECK(message_of(source.start_postcopy()) == "");
     CHECK(message_of(source.start_postcopy()) == "");
@@ -347,6 +360,7 @@ TEST_CASE("a connection to a QEMU that breaks in postcopy is recovered, wherever
     destination.there->wait_serial(lines(2), "2 lines");
 
     std::string expected = "setup active postcopy-active";
+    std::size_t done = 0;
     const std::uint64_t all = source.status().ram.remaining;
     std::minstd_rand random(4);
     for (std::size_t i = 0; i != cuts; ++i) {
@@ -378,6 +392,7 @@ TEST_CASE("a connection to a QEMU that breaks in postcopy is recovered, wherever
         INFO("the destination is in " << destination.migration_status() << ": " << destination.there->complaints());
         REQUIRE(paused_too);
         wires.forget();
+        ++done;
         if (i == 0) {
             // Nobody is there: paused as before, and it says why.
             REQUIRE(message_of(source.recover("unix:/nowhere/at/all")) == "");
@@ -405,6 +420,7 @@ TEST_CASE("a connection to a QEMU that breaks in postcopy is recovered, wherever
     CHECK(states.text() == expected + " completed");
     CHECK(from.stops == 1);
     CHECK(from.starts == 0);
+    CHECK(done >= (cuts == 200 ? 50 : 3)); // in each of the four ways
     check_guest(destination, from, true); // QEMU tells of each pause
 }
 

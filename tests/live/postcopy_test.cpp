@@ -18,6 +18,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -330,7 +331,8 @@ outcome migrate(checked_machine& from, checked_machine& to, const migration::par
     // A destination that has everything may not have been able to say so; one that hasn't waits for ever.
     if (!wait_for([&] { return is_final(source.status().state) || is_paused(source); }) || !is_final(source.status().state)) (void)source.give_up();
     seen.left = source.wait();
-    if (!seen.left && !is_final(destination.status().state)) {
+    if (!seen.left) wait_for([&] { return is_final(destination.status().state) || is_paused(destination); });
+    if (!is_final(destination.status().state)) {
         destination.cancel();
         destination.give_up();
     }
@@ -576,7 +578,9 @@ TEST_CASE("the destination's process is killed before the guest runs there: it g
         const killed early = kill_destination("active");
         CHECK(early.before == migration::state::failed);
         CAPTURE(early.why.message());
-        CHECK((early.why.path().starts_with("active") || early.why.path().starts_with("return path")));
+        const std::string_view stage = early.why.path();
+        // The source may be a step behind.
+        CHECK((stage.starts_with("active") || stage.starts_with("setup") || stage.starts_with("return path")));
         CHECK(early.runs);
         CHECK(early.wrong == 0);
         // While it loads the devices. That it is gone for good is for others to know.

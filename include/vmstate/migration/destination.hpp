@@ -413,8 +413,11 @@ private:
         if (loaded && !(postcopy && postcopy->is_listening())) loaded = refuse_uninvited();
         if (postcopy && postcopy->is_listening()) {
             // A source that hears that the devices could not be loaded lets its own guest go on: while there is a way to say so.
-            if (!loaded) static_cast<void>(back.shut(false));
-            result<void> done = loaded ? run_in_postcopy(*postcopy, main, way_back) : fail_before_run(*postcopy, loaded.error());
+            if (!loaded) {
+                postcopy->note_failure(loaded.error());
+                static_cast<void>(back.shut(false));
+            }
+            result<void> done = loaded ? run_in_postcopy(*postcopy, main, way_back) : fail_before_run(*postcopy);
             if (loaded && !done) static_cast<void>(back.shut(false));
             // No thread of its may be left when the reader goes.
             postcopy->release();
@@ -464,11 +467,9 @@ private:
     // ---- postcopy
 
     /// The package could not be loaded, and a reason that a thread of pages has had before goes first.
-    static result<void> fail_before_run(postcopy_incoming& postcopy, const error& failure) {
-        postcopy.broken(failure);
-        // The listen thread may have met the end that the source made of it first: why is what this one knows.
-        static_cast<void>(postcopy.wait());
-        return error(failure).within("active");
+    static result<void> fail_before_run(postcopy_incoming& postcopy) {
+        postcopy.break_off();
+        return std::move(postcopy.wait().error()).within("active");
     }
     /// The package is loaded: the guest runs, and this waits for its memory, over as many connections as it takes.
     result<void> run_in_postcopy(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, return_path& back) {

@@ -236,14 +236,16 @@ public:
         const std::lock_guard lock(session_mutex_);
         if (over_ || failure_) return;
         failure_ = std::move(why);
-        accepting_.request_stop();
-        if (main_) main_->shutdown();
-        if (preempt_channel_) preempt_channel_->shutdown();
-        changed_.notify_all();
-        // The main thread may be waiting for a page, in a device's post_load: it is to come back and find out.
-        if (listening_ && !running_ && !will_run_ && placer_)
-            received_.for_each_block(
-                [&](const ram_block& block) { static_cast<void>(placer_->fault().remove(block.used())); });
+        break_off_locked();
+    }
+    /// The reason, before the source is told of it and goes; then `break_off`.
+    void note_failure(const error& why) {
+        const std::lock_guard lock(session_mutex_);
+        if (!over_ && !failure_) failure_ = why;
+    }
+    void break_off() {
+        const std::lock_guard lock(session_mutex_);
+        break_off_locked();
     }
 
     /// Any thread.
@@ -266,6 +268,16 @@ public:
     }
 
 private:
+    void break_off_locked() {
+        accepting_.request_stop();
+        if (main_) main_->shutdown();
+        if (preempt_channel_) preempt_channel_->shutdown();
+        changed_.notify_all();
+        // The main thread may be waiting for a page, in a device's post_load: it is to come back and find out.
+        if (listening_ && !running_ && !will_run_ && placer_)
+            received_.for_each_block(
+                [&](const ram_block& block) { static_cast<void>(placer_->fault().remove(block.used())); });
+    }
     std::size_t pages(std::uint64_t bytes) const noexcept { return static_cast<std::size_t>(bytes / received_.page_size()); }
     ram_block* find(std::string_view name) const {
         const auto found = blocks_.find(name);
