@@ -208,7 +208,8 @@ bool wait_for(auto done) {
 /// Ends with the test, and the test's process.
 class backend_process {
 public:
-    /// `dies_at`: the phase in which it kills itself, if any; "source" for one that uses memory until its connection ends.
+    /// `dies_at`: the phase in which it kills itself, if any; "source" for one that uses memory until its connection ends,
+    /// "slow" for one that takes its time between two pages.
     backend_process(int socket, unsigned seed, std::uint64_t guest_address, const std::string& dies_at = {}) {
         int pipe[2];
         if (::pipe2(pipe, O_CLOEXEC) != 0) throw std::runtime_error("pipe");
@@ -320,6 +321,7 @@ TEST_CASE("a backend", "[.backend]") {
                 if (word_of(memory, 0) != word_at_source(order[done])) ++wrong;
                 counter_of(memory, 0).fetch_add(1);
                 if (++done == order.size() && dies == "source") done = 0;
+                if (dies == "slow") std::this_thread::sleep_for(500us);
             }
         });
     std::thread messages([&] {
@@ -355,7 +357,7 @@ TEST_CASE("two backends in processes of their own use a machine's memory here, a
     std::vector<std::unique_ptr<backend_process>> at_source;
     std::vector<connection> to_them;
     for (unsigned seed = 0; seed != 2; ++seed) {
-        to_them.push_back(connect_backend("at the source", 20s, vhost_user::protocol_feature::reply_ack));
+        to_them.push_back(connect_backend("at the source"));
         at_source.push_back(std::make_unique<backend_process>(to_them.back().back.get(), 50 + seed, address, "source"));
         to_them.back().back.reset();
         REQUIRE(message_of(to_them.back().front->negotiate(0, vhost_user::protocol_feature::reply_ack)) == "");
@@ -388,19 +390,23 @@ TEST_CASE("two backends in processes of their own use a machine's memory here, a
         if (notices && !one.front->has(vhost_user::protocol_feature::page_notices)) no_minor_faults = true;
         CHECK(message_of(clients.add(one.front)) == "");
     };
-    start("disk", "");
-    start("net", "");
+    start("disk", breaks ? "slow" : "");
+    start("net", breaks ? "slow" : "");
     // One that dies on the way costs the others nothing.
     const std::string dies_at = preempt ? "running" : breaks ? "POSTCOPY_LISTEN" : "SET_MEM_TABLE";
     start("third", dies_at);
     if (no_minor_faults) return skip("a kernel without minor faults of shmem and hugetlbfs (Linux 5.14)");
 
     // So slow that it isn't over before it is told to go on in postcopy.
-    migration::parameters settings{.max_bandwidth = 1u << 20, .postcopy_ram = true, .postcopy_preempt = preempt, .max_postcopy_bandwidth = 16u << 20};
+    migration::parameters settings{.max_bandwidth = 1u << 20, .postcopy_ram = true, .postcopy_preempt = preempt, .max_postcopy_bandwidth = breaks ? 1u << 20 : 16u << 20};
     std::thread guest;
+    std::atomic<bool> guest_may_run = !breaks; // it would have all of its memory before the connection breaks
     std::atomic<std::size_t> wrong = 0;
     to.control.start = [&]() -> result<void> {
-        guest = std::thread([&] { wrong += use_every_page(to.memory.span(), 99); });
+        guest = std::thread([&] {
+            guest_may_run.wait(false);
+            wrong += use_every_page(to.memory.span(), 99);
+        });
         return {};
     };
     migration::destination destination(to.state, to.control, settings);
@@ -413,12 +419,16 @@ TEST_CASE("two backends in processes of their own use a machine's memory here, a
     CHECK(message_of(source.start(destination.uri())) == "");
     CHECK(message_of(source.start_postcopy()) == "");
     if (breaks) {
-        CHECK(wait_for([&] { return destination.status().postcopy.faults.faults > 50; }));
+        CHECK(wait_for([&] { return destination.status().postcopy.faults.faults > 10; }));
         destination.pause();
         const auto is_paused = [](const auto& side) { return side.status().state == migration::state::postcopy_paused; };
         CHECK(wait_for([&] { return is_paused(source) && is_paused(destination); }));
         // Whoever touches a page that isn't there waits through it.
-        CHECK(wait_for([&] { return destination.status().postcopy.waiting >= 3; }));
+        CHECK(wait_for([&] { return destination.status().postcopy.waiting >= 2; }));
+        guest_may_run = true;
+        guest_may_run.notify_all();
+        settings.max_postcopy_bandwidth = 0;
+        source.set_parameters(settings);
         CHECK(message_of(destination.recover("unix:" + (directory / "again").string())) == "");
         CHECK(message_of(source.recover("unix:" + (directory / "again").string())) == "");
     }
@@ -450,7 +460,9 @@ TEST_CASE("two backends in processes of their own use a machine's memory here, a
         CHECK(one.longest <= one.blocked);
         CHECK(clients.status()[i].phase == client_phase::ended);
     }
-    CHECK(clients.status()[2].phase == client_phase::failed);
+    // All of the memory may have been there before it died.
+    const client_phase last = clients.status()[2].phase;
+    CHECK((last == client_phase::failed || (dies_at == "running" && last == client_phase::ended)));
     CHECK(status.postcopy.interruptions == (breaks ? 1u : 0u));
 }
 

@@ -39,6 +39,7 @@ public:
     /// SET_OWNER, and of what the backend offers takes what is in `wanted`: first the device's features (and vhost's), then,
     /// where both have protocol features, those.
     result<void> negotiate(std::uint64_t wanted, std::uint64_t wanted_protocol) {
+        set_protocol_features(0); // nothing is agreed upon yet
         if (result<void> told = tell(make_request(request::set_owner)); !told) return told;
         const result<std::uint64_t> offered = ask_value(request::get_features);
         if (!offered) return offered.error();
