@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -332,7 +333,13 @@ std::string qemu::status() {
 }
 
 void qemu::stop() { execute("stop"); }
-void qemu::cont() { execute("cont"); }
+void qemu::cont() {
+    // A migration is said to be completed a moment before its source may go on.
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    while (status() == "finish-migrate" && std::chrono::steady_clock::now() < patience)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    execute("cont");
+}
 
 migration_outcome qemu::migrate(std::string_view uri) {
     execute("migrate", {{"uri", uri}});
