@@ -271,7 +271,18 @@ private:
         return done;
     }
 
+    /// At none, where there is none.
+    result<void> listen_at(std::string_view address) {
+        if (address.empty()) return {};
+        result<std::unique_ptr<socket_listener>> listener = make_listener(address);
+        if (!listener) return listener.error();
+        const std::lock_guard lock(channel_mutex_);
+        listener_ = std::move(*listener);
+        return {};
+    }
     result<void> run_inside(const channel_acceptor& accept, std::string_view address) {
+        // Before anyone hears of `setup`: who observes reads `uri()` then.
+        const result<void> listening = detail::guarded([&] { return listen_at(address); });
         if (!monitor_.enter(state::setup)) return under_way();
         {
             const std::lock_guard lock(channel_mutex_);
@@ -282,12 +293,7 @@ private:
         }
         std::shared_ptr<input_channel> channel;
         result<void> done = detail::guarded([&]() -> result<void> {
-            if (!address.empty()) {
-                result<std::unique_ptr<socket_listener>> listener = make_listener(address);
-                if (!listener) return std::move(listener.error()).within("setup");
-                const std::lock_guard lock(channel_mutex_);
-                listener_ = std::move(*listener);
-            }
+            if (!listening) return error(listening.error()).within("setup");
             result<incoming_channels> opened = open(accept);
             if (!opened) return std::move(opened.error()).within("setup");
             channel = std::move(opened->main);
