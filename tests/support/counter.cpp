@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSL-1.0
 #include "support/counter.hpp"
 
+#include "support/qemu.hpp"
+
 #include <charconv>
 #include <cstring>
 #include <sstream>
@@ -47,6 +49,13 @@ std::vector<line> parse_output(std::string_view output) {
         lines.push_back(parsed);
         output.remove_prefix(end + 1);
     }
+}
+
+std::vector<line> output_of_two(const std::string& before, qemu& second) {
+    if (second.status() != "running") second.cont();
+    second.wait_serial(tests::lines(3), "3 more lines");
+    second.stop();
+    return parse_output(before + second.serial());
 }
 
 std::string check_order(const std::vector<line>& lines) {

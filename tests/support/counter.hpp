@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSL-1.0
 // What the guest program tests/guests/counter.S promises about its memory and its output, for a test to hold it to
-// after its machine was stopped, saved, rewritten or moved. Depends on the standard library alone.
+// after its machine was stopped, saved, rewritten or moved. Depends on the standard library, and its source on qemu.hpp.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,10 @@
 #include <string>
 #include <string_view>
 #include <vector>
+
+namespace vmstate::tests {
+class qemu;
+}
 
 namespace vmstate::tests::counter {
 
@@ -31,6 +35,9 @@ struct line {
 /// The complete lines of its output. Throws std::runtime_error at the first line that is something else, which
 /// includes the "BAD" that the program prints when its own memory is not what it wrote.
 std::vector<line> parse_output(std::string_view output);
+
+/// Lets the program go on in `second`, where it has arrived, for a few lines, and stops it: its output here and there.
+std::vector<line> output_of_two(const std::string& before, qemu& second);
 
 /// What is wrong with the order of lines, of which those from a second machine follow those from a first: empty when each
 /// round is the one before plus one, and the ticks go on.
