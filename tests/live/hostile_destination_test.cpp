@@ -150,6 +150,7 @@ outcome migrate_to(small_machine& from, stage when, deed what) {
     outcome ended;
     std::mutex ended_mutex; // ended
     std::atomic<bool> committed = false;
+    std::atomic<bool> heard = false; // of what came too early
     source.observe([&](const migration::status& at) {
         {
             const std::lock_guard lock(ended_mutex);
@@ -165,11 +166,11 @@ outcome migrate_to(small_machine& from, stage when, deed what) {
             }
             return false;
         }();
-        if (now && !committed.exchange(true)) {
-            destination.commit(what);
-            // Too early means that the source hears of it before it has sent all.
+        if (now && !committed.exchange(true)) destination.commit(what);
+        // Too early means that the source hears of it before it has sent all. In setup it doesn't listen yet.
+        if (what == deed::early_shut && at.state != state::setup && committed && !heard.exchange(true)) {
             int unread = 1;
-            while (what == deed::early_shut && when != stage::connected && unread != 0) {
+            while (unread != 0) {
                 ::ioctl(to_us, FIONREAD, &unread);
                 std::this_thread::sleep_for(50ms);
             }
