@@ -257,7 +257,7 @@ TEST_CASE("an error of a multifd channel names it") {
     const migration::parameters settings{.return_path = return_path, .multifd = true, .multifd_channels = 2};
     const outcome seen = migrate(from, to, lines, settings, settings);
     INFO(message_of(seen.left));
-    CHECK(has(message_of(seen.left), "active/multifd channel 1"));
+    CHECK(has(message_of(seen.left), "/multifd channel 1")); // active, or device on a machine that is busy enough
     // The destination may say first that it can't load that.
     CHECK((has(message_of(seen.left), "broken") || (return_path && has(message_of(seen.left), "could not load the stream"))));
     CHECK(seen.arrived.has_error());

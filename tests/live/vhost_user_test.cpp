@@ -419,7 +419,11 @@ TEST_CASE("two backends in processes of their own use a machine's memory here, a
     CHECK(message_of(source.start(destination.uri())) == "");
     CHECK(message_of(source.start_postcopy()) == "");
     if (breaks) {
-        CHECK(wait_for([&] { return destination.status().postcopy.faults.faults > 10; }));
+        // Its backends may wait for pages before the machine runs.
+        CHECK(wait_for([&] {
+            const migration::status at = destination.status();
+            return at.state == migration::state::postcopy_active && at.postcopy.faults.faults > 10;
+        }));
         destination.pause();
         const auto is_paused = [](const auto& side) { return side.status().state == migration::state::postcopy_paused; };
         CHECK(wait_for([&] { return is_paused(source) && is_paused(destination); }));
