@@ -70,6 +70,7 @@ public:
         REQUIRE(state.add_ram("ram", memory_));
         control.stop = [this]() -> result<void> {
             stop();
+            if (stopped) stopped();
             return {};
         };
         control.start = [this]() -> result<void> {
@@ -104,6 +105,12 @@ public:
         go_.store(false);
     }
     bool runs() const { return runs_.load(); }
+    /// What a device may look at while it is loaded.
+    bool has_right(std::size_t index) {
+        const std::size_t before = wrong;
+        check(index);
+        return wrong == before;
+    }
     /// Pages that are not what they should be, all of them looked at.
     std::size_t count_wrong() {
         for (std::size_t i = 0; i != history_.size(); ++i) check(i);
@@ -112,6 +119,7 @@ public:
 
     machine state{{.name = "checked"}};
     migration::guest control;
+    std::function<void()> stopped; ///< where it isn't empty
     card device;
     std::atomic<std::size_t> wrong = 0;
     std::atomic<int> starts = 0;
@@ -281,21 +289,24 @@ namespace {
 
 bool is_paused(const auto& side) { return side.status().state == migration::state::postcopy_paused; }
 
-/// What happens to a connection: told when the postcopy begins or, of a later one, before it does.
+/// What happens to a connection, from when the source's guest has been stopped or from when it leaves; to a later one, from
+/// its beginning.
 using deed = std::function<void(switchboard&)>;
+enum class moment { stop, run };
 
 struct outcome {
     result<void> left = error(errc::io);
     result<void> arrived = error(errc::io);
     std::size_t pauses = 0;
-    std::uint64_t bytes = 0;         ///< that left in postcopy over the main channel, of the last connection
+    bool given_up = false;           ///< the source
+    std::uint64_t bytes = 0;         ///< that left over the main channel since the guest's stop, of the last connection
     std::uint64_t bytes_back = 0;    ///< and came back
     std::uint64_t bytes_urgent = 0;  ///< over the preempt channel
     std::string last_pause;          ///< the reason
 };
 /// A postcopy that is recovered as often as it takes; each deed is done to a connection, as long as there are some.
 outcome migrate(checked_machine& from, checked_machine& to, const migration::parameters& settings, const std::vector<deed>& here,
-    const deed& there = {}) {
+    const deed& there = {}, moment when = moment::stop) {
     outcome seen;
     std::deque<switchboard> boards(1);
     migration::destination destination(to.state, to.control, settings);
@@ -308,11 +319,16 @@ outcome migrate(checked_machine& from, checked_machine& to, const migration::par
     std::thread receiving([&, accept = boards.front().acceptor()] { seen.arrived = destination.run(accept); });
     migration::source source(from.state, from.control, settings);
     std::size_t before = 0, before_back = 0;
-    source.observe([&](const migration::status& at) {
-        if (at.state != migration::state::postcopy_active || begun_here.exchange(true)) return;
+    const auto begin_here = [&] {
+        if (!here.empty() && !begun_here.exchange(true)) here.front()(boards.front());
+    };
+    from.stopped = [&] {
         before = boards.front().written(0);
         before_back = boards.front().read_back(0);
-        if (!here.empty()) here.front()(boards.front());
+        if (when == moment::stop) begin_here();
+    };
+    source.observe([&](const migration::status& at) {
+        if (at.state == migration::state::postcopy_active) begin_here();
     });
     const result<void> started = source.start(boards.front().connector());
     if (started) (void)source.start_postcopy();
@@ -329,8 +345,10 @@ outcome migrate(checked_machine& from, checked_machine& to, const migration::par
         if (!destination.recover(next.acceptor()) || !source.recover(next.connector())) break;
     }
     // A destination that has everything may not have been able to say so; one that hasn't waits for ever.
-    if (!wait_for([&] { return is_final(source.status().state) || is_paused(source); }) || !is_final(source.status().state)) (void)source.give_up();
+    if (!wait_for([&] { return is_final(source.status().state) || is_paused(source); }) || !is_final(source.status().state))
+        seen.given_up = source.give_up().has_value();
     seen.left = source.wait();
+    from.stopped = {};
     if (!seen.left) wait_for([&] { return is_final(destination.status().state) || is_paused(destination); });
     if (!is_final(destination.status().state)) {
         destination.cancel();
@@ -347,7 +365,7 @@ outcome migrate(checked_machine& from, checked_machine& to, const migration::par
 
 } // namespace
 
-TEST_CASE("wherever the connection breaks in postcopy, it is recovered and the guest finds every page") {
+TEST_CASE("wherever the connection breaks from the guest's stop on, it runs on at one side by itself and finds every page") {
     if (!can_postcopy()) return;
     struct place {
         const char* what;
@@ -370,13 +388,13 @@ TEST_CASE("wherever the connection breaks in postcopy, it is recovered and the g
     // Or it would be over before it is told to go on in postcopy.
     const migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true,
         .postcopy_preempt = what.preempt, .peer_timeout = 20s};
-    const auto run = [&](const std::vector<deed>& here, const deed& there = {}, bool way_back_breaks = false) {
+    const auto run = [&](const std::vector<deed>& here, const deed& there = {}, bool way_back_breaks = false, moment when = moment::stop) {
         history all(small);
         checked_machine from(all, false);
         checked_machine to(all, false);
         from.fill();
         from.start();
-        const outcome seen = migrate(from, to, settings, here, there);
+        const outcome seen = migrate(from, to, settings, here, there, when);
         const bool from_runs = from.runs();
         to.stop();
         from.stop();
@@ -384,17 +402,16 @@ TEST_CASE("wherever the connection breaks in postcopy, it is recovered and the g
         if (seen.arrived) {
             // It may be all there, and the source not have heard of it.
             if (!seen.left) REQUIRE(way_back_breaks);
+            REQUIRE(seen.given_up == seen.left.has_error());
             REQUIRE(to.starts == 1);
-            // Nor even that the devices were loaded there: then it is the give_up here, which doesn't ask whether the
-            // destination is gone, that lets the guest go on here, too.
-            if (!seen.left && from.starts == 1) return seen;
             REQUIRE(from.starts == 0);
             REQUIRE_FALSE(from_runs);
             REQUIRE(to.count_wrong() == 0);
             REQUIRE(from.wrong == 0);
         } else {
-            // Before the destination has loaded the devices, of which it would have told.
+            // Before the source has told the destination to run the guest. Nobody had to give up here.
             REQUIRE(seen.left.has_error());
+            REQUIRE_FALSE(seen.given_up);
             REQUIRE(to.starts == 0);
             REQUIRE(from.starts == 1);
             REQUIRE(from_runs);
@@ -407,9 +424,11 @@ TEST_CASE("wherever the connection breaks in postcopy, it is recovered and the g
     const std::uint64_t length = whole.*what.length;
     REQUIRE(length != 0);
     const leak_check leaks;
-    std::size_t broken = 0;
+    std::size_t broken = 0, kept = 0;
     for (std::size_t i = 0; i != places; ++i) {
-        // What is asked for differs from time to time: half of the places are at the beginning.
+        // What is asked for differs from time to time: half of the places are at the beginning, of what follows the guest's
+        // stop or RUN.
+        const moment when = i % 4 == 3 ? moment::run : moment::stop;
         const std::size_t bytes = static_cast<std::size_t>(i % 2 == 0 ? length * i / places : i * i / 4);
         CAPTURE(i, bytes, length);
         const deed spoil = [&](switchboard& board) {
@@ -422,10 +441,12 @@ TEST_CASE("wherever the connection breaks in postcopy, it is recovered and the g
         if (i % 3 == 2) more.emplace_back([&](switchboard& board) { board.at_source(0).read = 3 * i; });
         std::vector<deed> here{what.at_source ? spoil : deed([](switchboard&) {})};
         here.insert(here.end(), more.begin(), more.end());
-        const outcome seen = run(here, what.at_source ? deed() : spoil, what.back || i % 3 == 2);
+        const outcome seen = run(here, what.at_source ? deed() : spoil, what.back || i % 3 == 2, when);
         if (seen.pauses != 0) ++broken;
+        if (!seen.arrived) ++kept;
     }
     CHECK(broken > places / 8);
+    if (what.at_source && what.channel == 0) CHECK(kept > places / 16);
     leaks.check(places);
 }
 
@@ -513,15 +534,15 @@ TEST_CASE("what the guest waited for is counted, by how long it was and by whom"
 
 namespace {
 
-/// A guest here, on its way to a destination in a process of its own that is killed when it says so.
+/// A guest here, on its way to a destination in a process of its own that is killed, or stopped, when it says so.
 struct killed {
-    migration::state before{}; ///< of the source, when the destination was dead
+    migration::state before{}; ///< of the source, when the destination was dead and nobody had done anything
     error why;
     bool runs = false; ///< the guest, here
     int starts = 0;
     std::size_t wrong = 0;
 };
-killed kill_destination(const std::string& when) {
+killed kill_destination(const std::string& when, bool stop = false) {
     const temporary_directory directory;
     history all(512);
     checked_machine from(all, false);
@@ -530,13 +551,15 @@ killed kill_destination(const std::string& when) {
     peer_process there("peer destination in postcopy", {.uri = "unix:" + (directory / "socket").string(), .pages = all.size(), .hold = when});
     const std::string uri = there.wait_for("uri");
     migration::source source(from.state, from.control,
-        {.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .max_postcopy_bandwidth = 1 << 20, .peer_timeout = 20s});
+        {.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .max_postcopy_bandwidth = 1 << 20, .release_ram = true,
+            .peer_timeout = stop ? 1s : 20s});
     REQUIRE(source.start(uri));
     if (when != "active") REQUIRE(source.start_postcopy());
     there.wait_for("state " + when);
     // It may have been sooner there than here.
     REQUIRE(wait_for([&] { return source.status().state != migration::state::setup; }));
-    there.kill();
+    if (stop) there.stop();
+    else there.kill();
     CHECK(wait_for([&] { return is_final(source.status().state) || is_paused(source); }));
     killed seen;
     seen.before = source.status().state;
@@ -559,11 +582,13 @@ TEST_CASE("peer destination in postcopy", "[.]") {
     if (peer::told("VMSTATE_PEER_URI").empty()) return;
     history all(std::stoul(peer::told("VMSTATE_PEER_PAGES")));
     checked_machine to(all, false);
-    to.device.loaded = []() -> result<void> {
-        if (peer::told("VMSTATE_PEER_HOLD") != "package") return {};
-        peer::say("state package");
+    const auto hold = [](const std::string& where) -> result<void> {
+        if (peer::told("VMSTATE_PEER_HOLD") != where) return {};
+        peer::say("state " + where);
         for (;;) ::pause();
     };
+    to.device.loaded = [&] { return hold("package"); };
+    to.control.start = [&] { return hold("start"); };
     migration::parameters settings;
     settings.postcopy_ram = true;
     migration::destination destination(to.state, to.control, settings);
@@ -586,20 +611,103 @@ TEST_CASE("the destination's process is killed before the guest runs there: it g
         CHECK((stage.starts_with("active") || stage.starts_with("setup") || stage.starts_with("return path")));
         CHECK(early.runs);
         CHECK(early.wrong == 0);
-        // While it loads the devices. That it is gone for good is for others to know.
-        const killed loading = kill_destination("package");
-        CHECK(loading.before == migration::state::postcopy_paused);
-        CHECK(loading.why.path().starts_with("postcopy-active"));
-        CHECK(loading.runs);
-        CHECK(loading.starts == 1);
-        CHECK(loading.wrong == 0);
-        // When it runs there, what it has done there is lost; it isn't started here.
-        const killed late = kill_destination("postcopy-active");
+        // While it loads the devices, and when it is about to say that it has.
+        for (const char* const when : {"package", "postcopy-active"}) {
+            CAPTURE(when);
+            const killed loading = kill_destination(when);
+            CHECK(loading.before == migration::state::failed);
+            CHECK(loading.why.path().starts_with("active"));
+            CHECK(loading.runs);
+            CHECK(loading.starts == 1);
+            CHECK(loading.wrong == 0);
+        }
+        // When it has been told to run it there, what it has done there is lost; it isn't started here.
+        const killed late = kill_destination("start");
         CHECK(late.before == migration::state::postcopy_paused);
         CHECK_FALSE(late.runs);
         CHECK(late.starts == 0);
     }
-    leaks.check(9);
+    leaks.check(12);
+    // It stands still, and says nothing any more.
+    const killed silent = kill_destination("package", true);
+    CHECK(silent.before == migration::state::failed);
+    CHECK_THAT(silent.why.message(), contains("no PONG behind the devices"));
+    CHECK(silent.runs);
+    CHECK(silent.wrong == 0);
+}
+
+TEST_CASE("until the destination has said that the devices are loaded a migration can be cancelled, and the guest goes on here") {
+    if (!can_postcopy()) return;
+    const bool preempt = GENERATE(false, true);
+    CAPTURE(preempt);
+    history all(512);
+    checked_machine from(all, false);
+    checked_machine to(all, false);
+    from.fill();
+    from.start();
+    const migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true,
+        .postcopy_preempt = preempt, .release_ram = true};
+    // A page that hasn't come is looked at, and comes.
+    std::atomic<bool> looked = false, looked_right = false, let_go = false;
+    to.device.loaded = [&]() -> result<void> {
+        looked_right = to.has_right(all.size() - 1);
+        looked = true;
+        let_go.wait(false);
+        return {};
+    };
+    switchboard lines;
+    migration::destination destination(to.state, to.control, settings);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(lines.acceptor()); });
+    migration::source source(from.state, from.control, settings);
+    REQUIRE(source.start(lines.connector()));
+    REQUIRE(source.start_postcopy());
+    CHECK(wait_for([&] { return looked.load(); }));
+    CHECK(source.status().state == migration::state::active);
+    CHECK(destination.status().state == migration::state::active);
+    CHECK_FALSE(source.pause());
+    CHECK_FALSE(source.give_up());
+    source.cancel();
+    CHECK(message_of(source.wait()) == "input/output error: cancelled");
+    CHECK(source.status().state == migration::state::cancelled);
+    CHECK(from.runs());
+    let_go = true;
+    let_go.notify_all();
+    receiving.join();
+    CHECK(looked_right);
+    CHECK(arrived.has_error());
+    CHECK(to.starts == 0);
+    from.stop();
+    CHECK(from.starts == 1);
+    CHECK(from.count_wrong() == 0);
+}
+
+TEST_CASE("devices may take longer to be loaded than a silent peer has, and the pages that they look at come meanwhile") {
+    if (!can_postcopy()) return;
+    history all(512);
+    checked_machine from(all, false);
+    checked_machine to(all, false);
+    from.fill();
+    from.start();
+    std::atomic<bool> looked_right = true;
+    to.device.loaded = [&]() -> result<void> {
+        for (std::size_t i = 1; i <= 5; ++i) {
+            std::this_thread::sleep_for(50ms);
+            if (!to.has_right(all.size() - i)) looked_right = false;
+        }
+        std::this_thread::sleep_for(1200ms);
+        return {};
+    };
+    const outcome seen = migrate(
+        from, to, {.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .peer_timeout = 1s}, {});
+    to.stop();
+    CHECK(message_of(seen.left) == "");
+    CHECK(message_of(seen.arrived) == "");
+    CHECK(seen.pauses == 0);
+    CHECK(looked_right);
+    CHECK(to.count_wrong() == 0);
+    CHECK(to.starts == 1);
+    CHECK(from.starts == 0);
 }
 
 TEST_CASE("a destination that can't load the devices says so, and the guest goes on here") {
@@ -620,7 +728,7 @@ TEST_CASE("a destination that can't load the devices says so, and the guest goes
         const bool runs = from.runs();
         from.stop();
         CHECK(seen.pauses == 0);
-        CHECK(message_of(seen.left) == "postcopy-active/return path: input/output error: the destination could not load the stream");
+        CHECK(message_of(seen.left) == "active/return path: input/output error: the destination could not load the stream");
         CHECK_THAT(message_of(seen.arrived), contains("card"));
         CHECK(runs);
         CHECK(from.starts == starts + 1);

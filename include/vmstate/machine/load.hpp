@@ -65,11 +65,15 @@ public:
     /// POSTCOPY_LISTEN, in a package: what follows the package in the stream is read by whoever hears this, from `rest` on,
     /// and by nobody else any more. The section of the memory has this id there.
     virtual result<void> listen(reader& rest, std::uint32_t ram_section_id) = 0;
-    /// A package is loaded but for the PING that is about to be answered and the POSTCOPY_RUN behind it. The source takes the
-    /// answer for the guest's being run there: from here on it is, whatever becomes of the connection.
+    /// A package is loaded but for the PING that is about to be answered and the POSTCOPY_RUN behind it. Of the answer it
+    /// follows that the guest is the destination's: where RUN is in the package it is run from here on, whatever becomes of
+    /// the connection; where RUN comes later, the source may have sent it since.
     virtual result<void> about_to_run() = 0;
     /// POSTCOPY_RUN: the package was loaded; nothing follows in it.
     virtual result<void> run() = 0;
+    /// Whether a package may end with that PING, and without POSTCOPY_RUN: the source sends it when it has the answer, behind
+    /// the package, to whoever has heard `listen`.
+    virtual bool may_run_later() const { return false; }
 };
 
 /// What becomes of what nobody registered, and how much of it there may be.
@@ -93,7 +97,7 @@ struct load_options {
     ram_sync_listener* ram_sync = nullptr;
     /// Who keeps account of the pages; null for nobody.
     ram_page_listener* ram_pages = nullptr;
-    /// Who goes on in postcopy; null where that can't be. The load then ends with POSTCOPY_RUN.
+    /// Who goes on in postcopy; null where that can't be. The load then ends with POSTCOPY_RUN, or with the package.
     postcopy_listener* postcopy = nullptr;
     /// The most that a package may hold, in bytes.
     std::uint64_t package_limit = std::uint64_t{256} << 20;
@@ -109,7 +113,7 @@ public:
         begin();
         if (result<void> done = load_header(); !done) return done;
         if (result<void> done = load_items(); !done) return done;
-        if (!running_)
+        if (!complete_)
             if (result<void> done = load_description(); !done) return done;
         if (options_.carry_unknown) {
             if (ram_section* ram = machine_.ram()) ram->adopt_order();
@@ -181,7 +185,7 @@ private:
                     .at_offset(position);
             }
             if (!done) return done;
-            if (running_) return {};
+            if (complete_) return {};
         }
     }
 
@@ -507,7 +511,7 @@ private:
     result<void> load_package_items(reader& rest) {
         while (in_->peek(1) != 0) {
             const std::uint64_t position = in_->offset();
-            if (running_)
+            if (complete_)
                 return error(errc::trailing_bytes, "nothing behind POSTCOPY_RUN", std::to_string(in_->window()) + " bytes")
                     .at_offset(position);
             const std::uint8_t type = in_->get_u8();
@@ -526,7 +530,7 @@ private:
             }
             if (!done) return done;
         }
-        if (running_) return {};
+        if (complete_) return {};
         return error(errc::bad_command, "POSTCOPY_RUN at the package's end", "none").at_offset(in_->offset());
     }
     result<void> load_package_command(std::uint64_t position, reader& rest) {
@@ -560,13 +564,15 @@ private:
             static_cast<std::uint8_t>(command::postcopy_run), 0, 0};
         const bool is_last = in_->remaining() == length + run_command.size() &&
                              std::memcmp(in_->cursor() + length, run_command.data(), run_command.size()) == 0;
-        if (is_last)
+        const bool is_all = in_->remaining() == length && options_.postcopy->may_run_later();
+        if (is_last || is_all)
             if (result<void> ready = options_.postcopy->about_to_run(); !ready) return ready;
+        complete_ = is_all;
         return obey(command::ping, length);
     }
     result<void> run() {
         if (result<void> done = options_.postcopy->run(); !done) return done;
-        running_ = true;
+        complete_ = true;
         return {};
     }
 
@@ -627,7 +633,7 @@ private:
     bool return_path_open_ = false;
     bool advised_ = false;
     std::uint64_t advised_page_sizes_ = 0;
-    bool running_ = false; ///< POSTCOPY_RUN came: the rest of the stream is somebody else's
+    bool complete_ = false; ///< the package is, with POSTCOPY_RUN or without: the rest of the stream is somebody else's
 };
 
 /// Loads a stream into a machine whose guest stands still. Errors name the section, the field and the offset in the

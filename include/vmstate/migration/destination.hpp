@@ -4,7 +4,7 @@
 // a complete and valid load. Depends on the other headers of migration/, ram/, machine/ and stream/.
 //
 //     setup -> active -> device (everything is loaded) -> completed
-//                active -> postcopy-active (the guest runs) -> completed
+//                active -> postcopy-active (the devices are loaded, the guest runs when the source says so) -> completed
 //                          postcopy-active -> postcopy-paused -> postcopy-recover -> postcopy-active
 //       any of them -> failed; setup and active -> cancelling -> cancelled
 #pragma once
@@ -76,8 +76,8 @@ public:
     /// Waits for the source at the address of `listen`, loads, and starts the guest. Returns when the guest runs, or
     /// with what went wrong; then the guest was not started, and machine and memory may be partly loaded.
     ///
-    /// With `postcopy_ram` the guest may run before: from `postcopy_active` on. Then this returns when every page is there.
-    /// A connection that breaks meanwhile is no end of it: see `recover` and `give_up`.
+    /// With `postcopy_ram` the guest may run before: from `postcopy_active` on, as soon as the source says so. Then this
+    /// returns when every page is there. A connection that breaks meanwhile is no end of it: see `recover` and `give_up`.
     result<void> run() { return run_with(accept_from_listener(), true); }
     /// The same at a URI: `tcp:` and `unix:` listen for one source, `exec:`, `fd:` and `file:` read.
     result<void> run(std::string_view uri) {
@@ -110,7 +110,7 @@ public:
         return now;
     }
     /// From another thread: ends a `run` that waits or reads. Too late once everything has been loaded, or the guest runs:
-    /// in postcopy it does nothing.
+    /// from `postcopy_active` on it does nothing.
     void cancel() {
         if (!monitor_.enter_unless(state::device, state::cancelling)) return;
         const std::lock_guard lock(channel_mutex_);
@@ -143,7 +143,9 @@ public:
             postcopy_->broken(error(errc::io, {}, "paused"));
     }
     /// Ends a postcopy that isn't complete, paused or not, as failed. What has not come is lost: whoever waits for a page
-    /// goes on with zeros, so that a guest that runs is no longer one, but nothing hangs.
+    /// goes on with zeros, so that a guest that runs is no longer one, but nothing hangs. One that never was told to run
+    /// (`status().postcopy.state` was never `running`) doesn't run here any more; whether it goes on at the source only the
+    /// source can tell.
     void give_up() {
         {
             const std::lock_guard lock(channel_mutex_);
@@ -176,6 +178,10 @@ private:
             return acks_switchover_ ? back_.send(return_message::switchover_ack) : result<void>();
         }
         result<void> ping(std::uint32_t value) override {
+            if (value == ping_setup && postcopy_ != nullptr) {
+                postcopy_->let_run_come_later();
+                if (result<void> told = back_.send(return_message::pong, pong_waits_for_run); !told) return told;
+            }
             if (value == ping_which_blocks_are_zero) {
                 if (!zero_blocks_) find_zero_blocks();
                 for (const std::uint32_t number : *zero_blocks_) {
@@ -382,7 +388,8 @@ private:
         std::shared_ptr<postcopy_incoming> postcopy;
         if (settings_.postcopy_ram) {
             postcopy = std::make_shared<postcopy_incoming>(
-                machine_, settings_, way_back, [this] { monitor_.enter(state::postcopy_active); }, observers_);
+                machine_, settings_, way_back, [this] { return enter_postcopy(); },
+                [this] { monitor_.enter(state::postcopy_active); }, observers_);
             postcopy->connect(main, accept);
             const std::lock_guard lock(channel_mutex_);
             postcopy_ = postcopy;
@@ -477,14 +484,26 @@ private:
         postcopy.break_off();
         return std::move(postcopy.wait().error()).within("active");
     }
-    /// The package is loaded: the guest runs, and this waits for its memory, over as many connections as it takes.
+    /// Before the source hears that the devices are loaded: from then on it may have told us to run the guest.
+    result<void> enter_postcopy() {
+        if (monitor_.now() == state::postcopy_active || monitor_.enter_unless(state::cancelling, state::postcopy_active)) return {};
+        return error(errc::io, {}, "cancelled");
+    }
+    /// The package is loaded: the guest runs when the source says so, and this waits for its memory, over as many connections
+    /// as either takes.
     result<void> run_in_postcopy(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, return_path& back) {
-        if (!monitor_.enter_unless(state::cancelling, state::postcopy_active)) return error(errc::io, {}, "cancelled");
-        if (guest_.vcpu_threads) postcopy.set_vcpu_threads(guest_.vcpu_threads());
-        if (guest_.start) {
+        if (result<void> entered = enter_postcopy(); !entered) return entered;
+        bool runs = false;
+        const auto run_guest = [&]() -> result<void> {
+            if (runs || !postcopy.await_run()) return {};
+            runs = true;
+            if (guest_.vcpu_threads) postcopy.set_vcpu_threads(guest_.vcpu_threads());
+            if (!guest_.start) return {};
             if (result<void> started = guest_.start(); !started) return std::move(started.error()).within("start");
-        }
+            return {};
+        };
         channel_acceptor accept; // of the connection
+        if (result<void> started = run_guest(); !started) return started;
         result<void> session = postcopy.wait();
         while (!session) {
             postcopy.pause();
@@ -501,14 +520,17 @@ private:
             static_cast<void>(main->close());
             monitor_.update([&](migration::status& at) { at.error_desc = session.error(); });
             monitor_.enter(state::postcopy_paused);
-            session = recover_once(postcopy, main, accept);
+            session = connect_again(postcopy, main, accept);
+            if (!session) continue;
+            if (result<void> started = run_guest(); !started) return started;
+            session = postcopy.wait();
         }
         postcopy.finish();
         monitor_.update([](migration::status& at) { at.error_desc = {}; });
         return {};
     }
-    /// Waits to be told to recover, and for the source; then for the end of that connection.
-    result<void> recover_once(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, channel_acceptor& accept) {
+    /// Waits to be told to recover, and for the source.
+    result<void> connect_again(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, channel_acceptor& accept) {
         monitor_.wait_until([this](const migration::status&) { return given_up_.load() || recovery_asked_.load(); });
         {
             const std::lock_guard lock(channel_mutex_);
@@ -528,7 +550,7 @@ private:
             if (given_up_) postcopy.broken(error(errc::io, {}, "given up"));
         }
         if (result<void> started = postcopy.recover(); !started) postcopy.broken(started.error());
-        return postcopy.wait();
+        return {};
     }
     result<void> check_paused() const {
         const std::lock_guard lock(channel_mutex_);

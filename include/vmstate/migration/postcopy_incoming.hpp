@@ -5,6 +5,7 @@
 // and stream/.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -54,12 +55,14 @@ namespace vmstate::migration {
 /// Guest memory is touched by the main thread alone, which the others never wait for.
 class postcopy_incoming final : public postcopy_listener, public ram_page_listener {
 public:
-    /// All have to outlive this. `resumed`: a recovery has come to its end; called on the listen thread.
-    postcopy_incoming(machine& into, const parameters& settings, return_path& back, std::function<void()> resumed,
-        std::vector<postcopy_observer*> observers = {})
+    /// All have to outlive this. `loaded`: the devices are, and the source is about to hear of it; it may refuse that.
+    /// `resumed`: a recovery has come to its end; called on the listen thread.
+    postcopy_incoming(machine& into, const parameters& settings, return_path& back, std::function<result<void>()> loaded,
+        std::function<void()> resumed, std::vector<postcopy_observer*> observers = {})
         : machine_(into)
         , settings_(settings)
         , back_(back)
+        , loaded_(std::move(loaded))
         , resumed_(std::move(resumed))
         , observers_(std::move(observers))
         , received_(into.options().guest_page_size())
@@ -74,8 +77,10 @@ public:
         accepting_ = std::stop_source();
         failure_.reset();
         over_ = false;
-        preempt_ended_ = false;
+        preempt_ended_ = listen_ended_ = false;
     }
+    /// The source was told that RUN may come behind the package.
+    void let_run_come_later() noexcept { run_may_come_later_.store(true); }
 
     // ---- what the stream asks for, until the guest runs
 
@@ -150,12 +155,15 @@ public:
             [this, &rest, records = machine_.ram()->records()] { return serve_main(rest, records, true); });
     }
     result<void> about_to_run() override {
+        if (progress_.now() != postcopy_state::listen) return refuse_step(postcopy_state::running);
+        if (result<void> accepted = loaded_(); !accepted) return accepted;
         const std::lock_guard lock(session_mutex_);
         // Of a connection that broke before, the source's guest runs on.
         if (failure_) return *failure_;
         will_run_ = true;
         return {};
     }
+    bool may_run_later() const override { return run_may_come_later_.load(); }
     result<void> run() override {
         const std::lock_guard lock(session_mutex_);
         // Of one that breaks behind the answer to that PING nobody knows whether the source has heard it.
@@ -174,6 +182,12 @@ public:
     }
     postcopy_state now() const { return progress_.now(); }
 
+    /// With the package loaded: waits for RUN, where it wasn't there, or for the connection's end. Whether RUN has come.
+    bool await_run() {
+        std::unique_lock lock(session_mutex_);
+        changed_.wait(lock, [&] { return running_ || listen_ended_ || failure_.has_value(); });
+        return running_;
+    }
     /// Waits for the end of the connection: nothing where every page is there, or what went wrong. No thread but the fault
     /// thread is left.
     result<void> wait() {
@@ -188,6 +202,7 @@ public:
         end_preempt();
         std::optional<error> missing = find_missing();
         const std::lock_guard lock(session_mutex_);
+        if (!failure_ && !running_) failure_ = error(errc::bad_command, "POSTCOPY_RUN before the end", "none").within("postcopy");
         if (!failure_) failure_ = std::move(missing);
         if (failure_) return *failure_;
         return {};
@@ -324,6 +339,11 @@ private:
         }
         return start(listen_, [this, serve = std::move(serve)] {
             if (result<void> done = serve(); !done) broken(done.error());
+            {
+                const std::lock_guard lock(session_mutex_);
+                listen_ended_ = true;
+            }
+            changed_.notify_all();
         });
     }
     template <class Job>
@@ -347,13 +367,15 @@ private:
         ram_block* block = nullptr; ///< CONTINUE
     };
     struct main_stream : page_stream {
+        bool is_recovered = false; ///< there were others before
         bool resumed = false; ///< pages may come
         bool ram_ended = false;
+        bool told_to_run = false;
     };
 
     /// The rest of the main stream: pages, PINGs, the end. After a break, the commands of a recovery before.
     result<void> serve_main(reader& in, ram_record_reader records, bool resumed) {
-        main_stream at{{in, records, page_assembler(*placer_, pages_together), find(records.block())}, resumed};
+        main_stream at{{in, records, page_assembler(*placer_, pages_together), find(records.block())}, !resumed, resumed};
         result<void> done;
         bool ended = false;
         while (done && !ended) done = serve_item(at, ended);
@@ -469,7 +491,7 @@ private:
         case command::postcopy_advise: return refuse_step(postcopy_state::advise);
         case command::postcopy_ram_discard: return refuse_step(postcopy_state::discard);
         case command::postcopy_listen: return refuse_step(postcopy_state::listen);
-        case command::postcopy_run: return refuse_step(postcopy_state::running);
+        case command::postcopy_run: return run_behind_package(at);
         default: return error(errc::bad_command, "PING, or a command of a recovery", "another");
         }
     }
@@ -477,6 +499,20 @@ private:
     result<void> refuse_step(postcopy_state next) const {
         return error(errc::bad_command, "no step to " + std::string(to_string(next)),
             "it in " + std::string(to_string(progress_.now())));
+    }
+    /// Once on each connection: after a break the source doesn't know whether it has come.
+    result<void> run_behind_package(main_stream& at) {
+        if (!may_run_later() || !at.resumed || std::exchange(at.told_to_run, true)) return refuse_step(postcopy_state::running);
+        {
+            const std::lock_guard lock(session_mutex_);
+            if (!will_run_) return error(errc::bad_command, "it when the devices are loaded", "it before");
+            if (failure_) return *failure_; // it comes again
+            if (!at.is_recovered || !running_)
+                if (result<void> step = progress_.enter(postcopy_state::running); !step) return step;
+            running_ = true;
+        }
+        changed_.notify_all();
+        return {};
     }
     result<void> send_received(const std::string& name) {
         const ram_block* const block = find(name);
@@ -490,7 +526,11 @@ private:
         return back_.send(return_message::recv_bitmap, std::span<const std::byte>(payload), out.written());
     }
     result<void> resume() {
-        if (result<void> step = progress_.enter(postcopy_state::running); !step) return step;
+        const bool runs = [this] {
+            const std::lock_guard lock(session_mutex_);
+            return running_;
+        }();
+        if (result<void> step = progress_.enter(runs ? postcopy_state::running : postcopy_state::listen); !step) return step;
         resumed_();
         if (result<void> told = back_.send(return_message::resume_ack, std::uint32_t{1}); !told) return told;
         return ask();
@@ -561,6 +601,7 @@ private:
     machine& machine_;
     const parameters& settings_;
     return_path& back_;
+    std::function<result<void>()> loaded_;
     std::function<void()> resumed_;
     const std::vector<postcopy_observer*> observers_;
 
@@ -572,6 +613,7 @@ private:
     bool prepared_ = false; ///< transparent huge pages are off
     std::vector<postcopy_observer*> advised_; ///< and not told of the end yet
 
+    std::atomic<bool> run_may_come_later_ = false;
     postcopy_progress progress_;
     postcopy_statistics statistics_;
     page_requests requests_;
@@ -590,6 +632,7 @@ private:
     std::optional<error> failure_; ///< of this connection
     bool over_ = true;             ///< nobody is to hear of failures any more
     bool preempt_ended_ = false;
+    bool listen_ended_ = false; ///< nothing more comes over the main channel
     bool listening_ = false;
     bool will_run_ = false; ///< all but RUN is loaded, and the source told so
     bool running_ = false;

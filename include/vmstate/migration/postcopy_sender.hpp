@@ -42,6 +42,9 @@ inline constexpr std::uint32_t ping_what_has_arrived = 0x766d7221; // "vmr!"
 /// The value of the PING behind the devices in a package: when it is answered they are loaded, and RUN follows.
 inline constexpr std::uint32_t ping_loaded = 3;
 
+/// The value of the PING behind RUN, wherever that is.
+inline constexpr std::uint32_t ping_run = 4;
+
 /// What went out in postcopy, on all channels of all connections.
 struct postcopy_counts {
     std::uint64_t requests = 0;  ///< that came
@@ -113,6 +116,15 @@ public:
         const std::lock_guard lock(urgent_mutex_);
         serving_ = true;
     }
+    bool has_requests() const { return !queue_.empty(); }
+    /// The pages that have been asked for over the main channel, and no others.
+    result<void> send_asked() {
+        if (queue_.empty()) return {};
+        begin_section(section_type::part);
+        if (result<void> sent = send_requested(); !sent) return sent;
+        end_section();
+        return flush();
+    }
     /// The rest of the memory in PART sections, at most `bandwidth()` bytes per second of what nobody waits for (0: no
     /// limit), and the stream's end. `fine()` is asked between the sections, and may end it.
     template <class Bandwidth, class Fine>
@@ -163,8 +175,9 @@ public:
         const std::lock_guard lock(answers_mutex_);
         return unanswered_ == 0;
     }
-    /// Once all are there: what the destination lacks has to go. POSTCOPY_RESUME asks for an answer, too.
-    result<void> resume() {
+    /// Once all are there: what the destination lacks has to go. POSTCOPY_RESUME asks for an answer, too. `run`: RUN has gone
+    /// on its own, and whether it arrived isn't known.
+    result<void> resume(bool run) {
         {
             const std::lock_guard lock(answers_mutex_);
             for (std::size_t number = 0; number != received_.size(); ++number)
@@ -175,6 +188,7 @@ public:
         // The destination asks again for what it waits for, perhaps before it answers.
         serve_requests();
         main_->saver.put_command(command::postcopy_resume);
+        if (run) main_->saver.put_command(command::postcopy_run);
         return flush();
     }
     bool has_resumed() const {

@@ -36,6 +36,13 @@ inline constexpr std::uint32_t ping_which_blocks_are_zero = 0x766d7a3f; // "vmz?
 inline constexpr std::uint32_t pong_block_is_zero = 0x76300000;         // "v0"
 inline constexpr std::uint32_t pong_block_number = 0xffff;
 
+/// The value of the PING by which a source of ours that may go on in postcopy asks whether the setup was taken. Any
+/// destination gives it back. One of ours, before that, sends a PONG of its own: its package may come without POSTCOPY_RUN,
+/// which it then waits for. So the source sends that only when it has heard that the devices are loaded, and until then its
+/// own guest can go on; a QEMU gets RUN in the package, and whether it was run there may remain unknown.
+inline constexpr std::uint32_t ping_setup = 0x766d7321;         // "vms!"
+inline constexpr std::uint32_t pong_waits_for_run = 0x766d7721; // "vmw!"
+
 /// What QEMU accepts as the longest payload.
 inline constexpr std::size_t max_return_payload = 512;
 

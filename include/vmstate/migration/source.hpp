@@ -13,6 +13,9 @@
 //                                                        | broken          ^ recovered
 //                                                    postcopy-paused -> postcopy-recover
 //
+// A destination of ours is told to run it when it has said that the devices are loaded, and until then this is no postcopy:
+// the migration can be cancelled, and what breaks ends it. A QEMU has RUN with the devices.
+//
 // Threads: the migration thread writes the stream and calls the guest; the return-path thread reads the destination's
 // answers, and with postcopy-preempt sends the pages that it asks for. Until the destination has said that it has loaded
 // everything, or has been told to run the guest, whatever fails leaves the guest running here, with its memory and devices
@@ -119,6 +122,7 @@ public:
     /// Ends the migration at once and lets the guest run on here. Harmless at any time; too late once the destination
     /// has loaded everything, and in postcopy, which only its end or `give_up` ends. Where all has been sent the destination
     /// is asked to give up, and `wait` returns when it has said whether it did, or has said nothing for `peer_timeout`.
+    /// A destination of ours that was just about to be told to run the guest stays paused: `destination::give_up` ends it.
     void cancel() {
         if (!monitor_.enter(state::cancelling)) return;
         const std::lock_guard lock(channel_mutex_);
@@ -181,9 +185,11 @@ public:
         return {};
     }
     /// Ends a migration in `postcopy-paused`, or one that tries to recover, as failed. The guest at the destination never
-    /// gets the rest of its memory, and the one here has not its latest: neither is of use. But where the connection broke
-    /// before the destination has said that the devices are loaded, its guest most likely never ran, and this one goes on:
-    /// make sure first that the destination is gone, or the guest may have run there for a moment.
+    /// gets the rest of its memory, and the one here has not its latest: neither is of use, and this one isn't started.
+    ///
+    /// A QEMU may have run the guest without our hearing of it. Where the connection to one broke before it has said that the
+    /// devices are loaded, its guest most likely never ran, and this one goes on: make sure first that the destination is
+    /// gone. With a destination of ours that needs nobody: there it isn't paused then, it has failed.
     result<void> give_up() {
         const state at = monitor_.now();
         if (at != state::postcopy_paused && at != state::postcopy_recover)
@@ -251,6 +257,8 @@ private:
         may_switch_.store(false);
         postcopy_wanted_.store(false);
         setup_read_.store(false);
+        peer_waits_for_run_.store(false);
+        awaits_loaded_.store(false);
         serving_.store(nullptr);
         postcopy_.reset();
         to_postcopy_ = guest_left_ = false;
@@ -317,11 +325,12 @@ private:
         if (!done && end_sent_ && channel) settle(done, *channel);
         if (!done) prefer_answer(done);
         if (throttled_ != 0) unthrottle();
-        if (!done && channel) channel->shutdown();
+        if (!done && channel) shut_down_channels(); // and that for urgent pages, which the return-path thread may be writing
         if (return_path_thread_.joinable()) return_path_thread_.join();
         const bool has_word = has_return_path();
         way_back_.reset();
         serving_.store(nullptr);
+        if (postcopy_) postcopy_->detach();
         // The destination's word says where the guest runs; without one, that all could be stored does.
         if (done && channel) {
             const result<void> closed = detail::guarded([&] { return channel->close(); });
@@ -779,13 +788,14 @@ private:
 
     /// From the guest's stop until the destination has been told to run it. What fails here leaves it here.
     result<void> switch_to_postcopy(outgoing& stream, output_channel& channel, const migration::parameters& settings) {
+        const bool runs_later = peer_waits_for_run_.load();
         if (result<void> stopped = stop_guest(stream, settings); !stopped) return stopped;
         if (settings.pause_before_switchover && !monitor_.enter(state::device)) return error(errc::io, {}, "cancelled");
         if (result<void> read = read_logs(stream, true, settings); !read) return read;
         postcopy_ = std::make_unique<postcopy_sender>(machine_, stream.ram.hand_over(), settings.release_ram);
         if (result<void> put = postcopy_->pages().put_discards(stream.saver); !put) return put;
         ping(stream.saver, 2);
-        if (result<void> put = put_package(stream); !put) return put;
+        if (result<void> put = put_package(stream, !runs_later); !put) return put;
         monitor_.update([&](migration::status& at) {
             count_pages(at, stream);
             at.ram.remaining = postcopy_->remaining();
@@ -797,22 +807,53 @@ private:
         postcopy_->attach(channel, urgent_channel_.get());
         postcopy_->serve_requests();
         serving_.store(postcopy_.get());
+        if (runs_later) {
+            if (result<void> sent = stream.out.flush(); !sent) return sent;
+            if (result<void> loaded = await_loaded(settings); !loaded) return loaded;
+            postcopy_->saver().put_command(command::postcopy_run);
+        }
         if (!monitor_.enter(state::postcopy_active)) return error(errc::io, {}, "cancelled");
-        // The package's last byte is RUN's: where it doesn't leave whole, the guest isn't run there.
-        if (result<void> sent = stream.out.flush(); !sent) return sent;
+        // What leaves now ends with RUN: where it doesn't leave whole, the guest isn't run there.
+        if (result<void> sent = runs_later ? postcopy_->flush() : stream.out.flush(); !sent) return sent;
         guest_left_ = true;
         stopped_at_.reset();
-        ping(postcopy_->saver(), 4);
+        if (runs_later) note_postcopy_downtime();
+        ping(postcopy_->saver(), ping_run);
+        return {};
+    }
+    /// All but RUN has been sent. Until the destination has loaded the devices it gets the pages that these look at, and no
+    /// others: RUN would have to wait behind them. It may take its time, as long as it answers.
+    result<void> await_loaded(const migration::parameters& settings) {
+        const std::chrono::milliseconds patience = settings.peer_timeout;
+        const std::chrono::milliseconds between_pings = (patience + std::chrono::milliseconds(3)) / 4;
+        const auto is_news = [&](const migration::status& at) {
+            return at.state == state::cancelling || peer_has_spoken_.load() || postcopy_->is_loaded() || postcopy_->has_requests();
+        };
+        awaits_loaded_.store(true);
+        std::uint64_t heard = messages_.load();
+        clock::time_point heard_at = clock::now();
+        for (;;) {
+            if (result<void> fine = check_peer(); !fine) return fine;
+            if (postcopy_->is_loaded()) break;
+            if (result<void> sent = postcopy_->send_asked(); !sent) return sent;
+            if (monitor_.wait_for(between_pings, is_news)) continue;
+            if (std::exchange(heard, messages_.load()) != heard) heard_at = clock::now();
+            if (clock::now() - heard_at >= patience)
+                return error(errc::io, {}, "no PONG behind the devices from the destination").within("return path");
+            ping(postcopy_->saver(), 1);
+            if (result<void> sent = postcopy_->flush(); !sent) return sent;
+        }
+        awaits_loaded_.store(false);
         return {};
     }
     /// What the destination takes in one piece: it listens for faults before it loads a device that may cause one.
-    result<void> put_package(outgoing& stream) {
+    result<void> put_package(outgoing& stream, bool with_run) {
         vector_writer package;
         stream_saver saver(machine_, package);
         saver.put_command(command::postcopy_listen);
         if (result<void> saved = saver.save_devices(); !saved) return saved;
         ping(saver, ping_loaded);
-        saver.put_command(command::postcopy_run);
+        if (with_run) saver.put_command(command::postcopy_run);
         if (package.failed()) return package.failure();
         const std::vector<std::byte> bytes = package.take();
         if (bytes.size() > std::numeric_limits<std::uint32_t>::max())
@@ -821,7 +862,7 @@ private:
         vmstate::detail::store_big(size.data(), static_cast<std::uint32_t>(bytes.size()));
         stopped_for_postcopy_ = *stopped_at_;
         stream.saver.put_command(command::packaged, size);
-        // RUN leaves with the flush, and not before: all else may have left by then.
+        // Its end leaves with the flush, and not before: all else may have left by then.
         const std::size_t last = std::min<std::size_t>(bytes.size(), 64);
         stream.out.write(std::span(bytes).first(bytes.size() - last));
         if (result<void> sent = stream.out.flush(); !sent) return sent;
@@ -961,7 +1002,7 @@ private:
         }
         if (result<void> asked = postcopy_->ask_for_bitmaps(); !asked) return asked;
         if (result<void> there = await_answer("RECV_BITMAP", [&] { return postcopy_->has_bitmaps(); }); !there) return there;
-        if (result<void> asked = postcopy_->resume(); !asked) return asked;
+        if (result<void> asked = postcopy_->resume(peer_waits_for_run_.load()); !asked) return asked;
         return await_answer("RESUME_ACK", [&] { return postcopy_->has_resumed(); });
     }
     template <class Done>
@@ -1013,10 +1054,12 @@ private:
         std::optional<page_request_decoder> requests;
         if (machine_.ram() != nullptr) requests.emplace(*machine_.ram());
         for (;;) {
+            if (awaits_loaded_.load()) monitor_.wake(); // for the one before
             if (result<void> read = read_return_message(in, message); !read) {
                 if (read.error() != errc::truncated) return read;
                 return error(errc::truncated, "an answer", "the destination hung up; its own error says why").within("return path");
             }
+            ++messages_;
             switch (message.type) {
             case return_message::pong: take_pong(message.value()); break;
             case return_message::switchover_ack:
@@ -1064,13 +1107,17 @@ private:
     void take_pong(std::uint32_t pong) {
         postcopy_sender* const sender = serving_.load();
         if (sender == nullptr) {
+            if (pong == pong_waits_for_run && !setup_read_.load()) peer_waits_for_run_.store(true);
             if (pong != ping_setup) return note_zero_block(pong);
             setup_read_.store(true);
             monitor_.wake();
             return;
         }
         sender->take_pong(pong);
-        if (pong != ping_loaded) return;
+        if (pong != (peer_waits_for_run_.load() ? ping_run : ping_loaded)) return;
+        note_postcopy_downtime();
+    }
+    void note_postcopy_downtime() {
         const auto downtime = std::chrono::duration_cast<std::chrono::milliseconds>(clock::now() - stopped_for_postcopy_);
         monitor_.update([&](migration::status& at) { at.downtime = downtime; });
     }
@@ -1093,9 +1140,6 @@ private:
         if (!answer_) return answer_;
         return error(errc::bad_command, "no end before the stream's", "SHUT").within("return path");
     }
-
-    /// The same of the one behind the setup, which no QEMU sends: the destination has taken it.
-    static constexpr std::uint32_t ping_setup = 0x766d7321; // "vms!"
 
     machine& machine_;
     guest& guest_;
@@ -1131,6 +1175,9 @@ private:
 
     std::atomic<bool> postcopy_wanted_ = false;
     std::atomic<bool> setup_read_ = false; ///< by the destination
+    std::atomic<bool> peer_waits_for_run_ = false; ///< which then isn't in the package; known when the setup is read
+    std::atomic<bool> awaits_loaded_ = false;      ///< the migration thread, and wants to be woken by what is said
+    std::atomic<std::uint64_t> messages_ = 0;      ///< that the destination has sent
     std::unique_ptr<postcopy_sender> postcopy_;        ///< from the switch on
     std::atomic<postcopy_sender*> serving_ = nullptr;  ///< the same while a connection is there, for the return-path thread
     clock::time_point stopped_for_postcopy_{};         ///< when the guest was; written before `serving_`

@@ -20,7 +20,7 @@ enum class postcopy_state {
     listen,  ///< POSTCOPY_LISTEN: missing pages are asked for
     running, ///< POSTCOPY_RUN: the guest runs here
     end,     ///< every page is there
-    paused,  ///< the connection broke while running; the guest stands still where it touches a missing page
+    paused,  ///< the connection broke since; the guest stands still where it touches a missing page
     recover, ///< a new connection finds out what is still missing
 };
 
@@ -44,16 +44,19 @@ constexpr std::string_view to_string(postcopy_state at) noexcept {
 ///                                              running -> paused -> recover -> running
 ///                                                         paused <- recover
 ///
-/// A second DISCARD is no step: the state stays.
+/// Where RUN comes behind the package, the connection may break before it, and a recovery bring it: then it is
+/// listen -> paused -> recover -> listen. A second DISCARD is no step: the state stays.
 constexpr bool may_follow(postcopy_state from, postcopy_state to) noexcept {
     switch (to) {
     case postcopy_state::none: return false;
     case postcopy_state::advise: return from == postcopy_state::none;
     case postcopy_state::discard: return from == postcopy_state::advise;
-    case postcopy_state::listen: return from == postcopy_state::advise || from == postcopy_state::discard;
+    case postcopy_state::listen:
+        return from == postcopy_state::advise || from == postcopy_state::discard || from == postcopy_state::recover;
     case postcopy_state::running: return from == postcopy_state::listen || from == postcopy_state::recover;
     case postcopy_state::end: return from == postcopy_state::running;
-    case postcopy_state::paused: return from == postcopy_state::running || from == postcopy_state::recover;
+    case postcopy_state::paused:
+        return from == postcopy_state::listen || from == postcopy_state::running || from == postcopy_state::recover;
     case postcopy_state::recover: return from == postcopy_state::paused;
     }
     return false;
