@@ -580,6 +580,130 @@ TEST_CASE("a paused postcopy goes on with what is missing, however often it take
           std::vector{state::postcopy_paused, state::postcopy_recover, state::postcopy_active, state::completed});
 }
 
+namespace {
+
+bytes ping(std::uint32_t value) { return command_of(command::ping, big(value)); }
+constexpr std::uint32_t loaded = 3;
+/// Of a source of ours: RUN comes behind the package.
+bytes announced() { return opening() + ping(migration::ping_setup); }
+bytes loaded_without_run(const bytes& content = listen() + card() + ping(loaded)) {
+    return announced() + pages_from(0) + discard(4, page_count - 4) + packaged(content);
+}
+/// Whether it says that it waits for RUN, and then gives a source of ours its PING back.
+bool says_that_it_waits(source_end& end) {
+    const auto own = end.next();
+    const auto given_back = end.next();
+    return own && own->type == migration::return_message::pong && own->value() == migration::pong_waits_for_run && given_back &&
+           given_back->type == migration::return_message::pong && given_back->value() == migration::ping_setup;
+}
+bool says_that_it_has_loaded(source_end& end) {
+    const auto pong = end.next();
+    return pong && pong->type == migration::return_message::pong && pong->value() == loaded;
+}
+
+} // namespace
+
+TEST_CASE("RUN that comes behind the package is waited for, through as many connections as it takes, and runs the guest once") {
+    if (!can_postcopy()) return;
+    looking_machine ours;
+    running_destination there(ours);
+    REQUIRE(there.end->send(loaded_without_run()));
+    CHECK(says_that_it_waits(*there.end));
+    CHECK(says_that_it_has_loaded(*there.end));
+    CHECK(there.destination->status().state == state::postcopy_active);
+    const auto step = [&] { return there.destination->status().postcopy.state; };
+    CHECK(step() == postcopy_state::listen);
+    there.destination->cancel(); // too late: RUN may be on its way
+    there.end->close();
+    CHECK(there.wait_for({state::postcopy_paused}) == state::postcopy_paused);
+    CHECK(step() == postcopy_state::paused);
+    CHECK(ours.starts == 0);
+    const auto resume = [&](const bytes& behind) {
+        there.recover();
+        static_cast<void>(there.end->send(command_of(command::open_return_path) + command_of(command::postcopy_resume) + behind));
+        const auto ack = there.end->next();
+        CHECK((ack && ack->type == migration::return_message::resume_ack));
+    };
+    const auto pauses_again = [&] {
+        const auto deadline = std::chrono::steady_clock::now() + 30s;
+        while (there.destination->status().state != state::postcopy_paused && std::chrono::steady_clock::now() < deadline)
+            std::this_thread::sleep_for(100us);
+        return there.destination->status().error_desc.message();
+    };
+    // The recovery breaks before RUN.
+    resume(ping(1));
+    CHECK(there.end->next());
+    CHECK(step() == postcopy_state::listen);
+    there.end->close();
+    CHECK_THAT(pauses_again(), contains("too early"));
+    CHECK(ours.starts == 0);
+    // It brings RUN; a second one is one too many.
+    resume(run() + ping(1));
+    CHECK(there.end->next());
+    CHECK(step() == postcopy_state::running);
+    static_cast<void>(there.end->send(run()));
+    CHECK_THAT(pauses_again(), contains("no step to running"));
+    CHECK(ours.starts == 1);
+    // The source can't know that it had come.
+    resume(run() + pages_from(4) + ending());
+    there.join();
+    CHECK(message_of(there.outcome) == "");
+    CHECK(ours.starts == 1);
+    CHECK_FALSE(ours.first_difference());
+    CHECK(there.destination->status().postcopy.interruptions == 3);
+}
+
+TEST_CASE("RUN behind the package that comes wrong or not at all runs no guest") {
+    if (!can_postcopy()) return;
+    const bytes rest = pages_from(4) + ending();
+    struct {
+        const char* what;
+        bytes stream;
+        state end; ///< where nobody gives up
+        std::string said;
+    } const cases[] = {
+        {"nobody was told", switched(listen() + card() + ping(loaded)), state::failed, "POSTCOPY_RUN at the package's end"},
+        {"no PING", loaded_without_run(listen() + card()), state::failed, "POSTCOPY_RUN at the package's end"},
+        {"the PING isn't the last", loaded_without_run(listen() + ping(loaded) + card()), state::failed, "POSTCOPY_RUN at the package's end"},
+        {"no LISTEN", loaded_without_run(card() + ping(loaded)), state::failed, "no step to running"},
+        {"while a device waits for its page", loaded_without_run(listen() + card(17 * page) + ping(loaded)) + run(), state::failed,
+            "it when the devices are loaded"},
+        {"all but RUN", loaded_without_run() + rest, state::postcopy_paused, "POSTCOPY_RUN before the end"},
+        {"the connection breaks", loaded_without_run(), state::postcopy_paused, "too early"},
+    };
+    const auto receive = [](const bytes& stream, state end, bool breaks) {
+        looking_machine ours;
+        running_destination there(ours);
+        static_cast<void>(there.end->send(stream));
+        if (breaks) {
+            CHECK(says_that_it_waits(*there.end));
+            CHECK(says_that_it_has_loaded(*there.end));
+            there.end->close();
+        }
+        CHECK(there.wait_for({state::postcopy_paused}) == end);
+        std::string said = there.destination->status().error_desc.message();
+        there.destination->give_up();
+        there.join();
+        CHECK(ours.starts == 0);
+        CHECK(there.destination->status().state == state::failed);
+        CHECK(there.outcome.has_error());
+        return said;
+    };
+    for (const auto& one : cases) {
+        CAPTURE(one.what);
+        CHECK_THAT(receive(one.stream, one.end, &one == std::end(cases) - 1), contains(one.said));
+    }
+    // A source of ours that has it in the package, as older ones do, and sends it once more.
+    looking_machine ours;
+    running_destination there(ours);
+    static_cast<void>(there.end->send(loaded_without_run(listen() + card() + ping(loaded) + run()) + run()));
+    CHECK(there.wait_for({state::postcopy_paused}) == state::postcopy_paused);
+    CHECK_THAT(there.destination->status().error_desc.message(), contains("POSTCOPY_RUN"));
+    there.destination->give_up();
+    there.join();
+    CHECK(ours.starts == 1);
+}
+
 TEST_CASE("a destination that is destroyed while it is paused ends what it has") {
     if (!can_postcopy()) return;
     const leak_check leaks;

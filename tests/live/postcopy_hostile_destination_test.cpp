@@ -68,6 +68,8 @@ bytes joined(bytes one, const bytes& other) {
     return one;
 }
 
+constexpr std::uint32_t loaded = 3; // the PING behind the devices
+
 /// Reads all, answers PINGs, and has something to say at certain bytes of the stream.
 class scripted_destination {
 public:
@@ -75,12 +77,21 @@ public:
         bytes at;     // what the stream has then
         bytes answer; // empty: closes
     };
+    struct manners {
+        bool waits_for_run = false; // says so, as one of ours does
+        bool says_loaded = true;
+    };
+    scripted_destination(std::unique_ptr<duplex_channel> channel, std::vector<line> script, manners has)
+        : channel_(std::move(channel)), script_(std::move(script)), manners_(has), thread_([this] { run(); }) {}
     scripted_destination(std::unique_ptr<duplex_channel> channel, std::vector<line> script)
-        : channel_(std::move(channel)), script_(std::move(script)), thread_([this] { run(); }) {}
+        : scripted_destination(std::move(channel), std::move(script), manners()) {}
     ~scripted_destination() {
         channel_->shutdown();
         thread_.join();
     }
+
+    /// Whether the line of that number was to be said.
+    bool heard(std::size_t number) const { return (heard_.load() >> number & 1u) != 0; }
 
 private:
     void run() {
@@ -96,17 +107,30 @@ private:
             for (std::size_t at = seen.find(ping, before < 16 ? 0 : before - 16); at != std::string::npos; at = seen.find(ping, at + 1))
                 if (at + 9 <= seen.size() && at + 9 > before) {
                     bytes value(seen.begin() + static_cast<std::ptrdiff_t>(at) + 5, seen.begin() + static_cast<std::ptrdiff_t>(at) + 9);
-                    say(message(2, value));
+                    answer(value);
                 }
-            for (const line& one : script_) {
+            for (std::size_t number = 0; number != script_.size(); ++number) {
+                const line& one = script_[number];
                 const std::string_view mark(reinterpret_cast<const char*>(one.at.data()), one.at.size());
                 const std::size_t at = seen.find(mark, before < 64 ? 0 : before - 64);
                 if (at == std::string::npos || at + mark.size() <= before) continue;
+                heard_ |= 1u << number;
                 if (one.answer.empty()) channel_->shutdown();
                 else say(one.answer);
             }
             if (seen.size() > 1024) seen.erase(0, seen.size() - 512);
         }
+    }
+    void answer(const bytes& ping) {
+        bytes own, end;
+        put(own, migration::ping_setup, 4);
+        put(end, loaded, 4);
+        if (ping == own && manners_.waits_for_run) {
+            bytes waits;
+            put(waits, migration::pong_waits_for_run, 4);
+            say(message(2, waits));
+        }
+        if (ping != end || manners_.says_loaded) say(message(2, ping));
     }
     void say(const bytes& what) {
         const std::span<const std::byte> whole = std::as_bytes(std::span(what));
@@ -115,6 +139,8 @@ private:
 
     std::unique_ptr<duplex_channel> channel_;
     std::vector<line> script_;
+    const manners manners_;
+    std::atomic<unsigned> heard_ = 0;
     std::thread thread_;
 };
 
@@ -205,6 +231,67 @@ TEST_CASE("a destination that asks for what can't be, or answers what nobody ask
         CHECK_THAT(ended.why.message(), contains("postcopy-active/return path") && contains(one.text));
     }
     leaks.check(16 * std::size(deeds)); // with four threads each time, of which a sanitizer remembers something
+}
+
+TEST_CASE("a destination that goes away before RUN: one of ours needs nobody, of a QEMU it has to be known that it is gone") {
+    struct deed {
+        const char* name;
+        scripted_destination::manners manners;
+        bytes at; // goes
+        bool paused;
+        bool goes_on; // the guest, here
+    };
+    const bytes loaded_ping{8, 0, 2, 0, 4, 0, 0, 0, loaded};
+    const deed deeds[] = {
+        {"a QEMU that may have run it", {false, false}, run_command, true, true},
+        {"a QEMU that has said that it is about to", {false, true}, run_command, true, false},
+        {"one of ours while it loads", {true, false}, loaded_ping, false, true},
+        {"one of ours that is told to run it", {true, true}, run_command, true, false},
+    };
+    for (const deed& one : deeds) {
+        CAPTURE(one.name);
+        small_machine from(page_count);
+        fill(from);
+        from.start();
+        auto [ours, theirs] = make_pair();
+        scripted_destination destination(std::move(theirs), {{one.at, {}}}, one.manners);
+        migration::source source(from.state, from.control, {.postcopy_ram = true, .max_postcopy_bandwidth = 1 << 20, .peer_timeout = 10s});
+        REQUIRE(source.start(std::move(ours)));
+        REQUIRE(source.start_postcopy());
+        CHECK(wait_for([&] { return is_final(source.status().state) || source.status().state == state::postcopy_paused; }));
+        CHECK((source.status().state == state::postcopy_paused) == one.paused);
+        CHECK(source.give_up().has_value() == one.paused);
+        CHECK_FALSE(source.wait());
+        CHECK(source.status().state == state::failed);
+        CHECK(from.starts == (one.goes_on ? 1 : 0));
+    }
+}
+
+TEST_CASE("a recovery tells a destination of ours to run the guest, which it may not have heard before, and nobody else") {
+    const bool waits_for_run = GENERATE(false, true);
+    CAPTURE(waits_for_run);
+    small_machine from(page_count);
+    fill(from);
+    from.start();
+    auto [ours, theirs] = make_pair();
+    auto [ours_again, theirs_again] = make_pair();
+    scripted_destination destination(std::move(theirs), {{run_command, {}}}, {waits_for_run, true});
+    const bytes said = message(2, {0, 0, 0, 0}); // to no PING
+    scripted_destination second(std::move(theirs_again), {{bitmap_command, bitmap_message("ram", bitmap_size)},
+        {resume_command, message(6, {0, 0, 0, 1})}, {joined(resume_command, run_command), said}, {run_command, said}, {{0x7e, 0, 0, 0}, {}}});
+    migration::source source(from.state, from.control, {.postcopy_ram = true, .peer_timeout = 10s});
+    REQUIRE(source.start(std::move(ours)));
+    REQUIRE(source.start_postcopy());
+    CHECK(wait_for([&] { return source.status().state == state::postcopy_paused; }));
+    auto held = std::make_shared<std::unique_ptr<duplex_channel>>(std::move(ours_again));
+    REQUIRE(source.recover([held](const opening_options&) -> result<std::unique_ptr<output_channel>> {
+        return std::unique_ptr<output_channel>(std::move(*held));
+    }));
+    // Until the first pages have come.
+    CHECK(wait_for([&] { return second.heard(4); }));
+    CHECK(second.heard(2) == waits_for_run);
+    CHECK(second.heard(3) == waits_for_run);
+    CHECK(from.starts == 0);
 }
 
 TEST_CASE("a postcopy whose destination goes away pauses, and a recovery that fails leaves it so") {

@@ -426,10 +426,14 @@ TEST_CASE("wherever the connection breaks from the guest's stop on, it runs on a
     const leak_check leaks;
     std::size_t broken = 0, kept = 0;
     for (std::size_t i = 0; i != places; ++i) {
-        // What is asked for differs from time to time: half of the places are at the beginning, of what follows the guest's
-        // stop or RUN.
+        // What is asked for differs from time to time: half of the places are at the beginning of what follows the guest's
+        // stop, or RUN.
         const moment when = i % 4 == 3 ? moment::run : moment::stop;
-        const std::size_t bytes = static_cast<std::size_t>(i % 2 == 0 ? length * i / places : i * i / 4);
+        // What there is between the two, of either direction.
+        const std::size_t until_run = what.back ? 32 : 128;
+        const std::size_t bytes = i % 2 == 0              ? static_cast<std::size_t>(length * i / places)
+                                  : when == moment::stop ? until_run * i / places
+                                                         : i * i / 4;
         CAPTURE(i, bytes, length);
         const deed spoil = [&](switchboard& board) {
             carried_bytes& end = what.at_source ? board.at_source(what.channel) : board.at_destination(what.channel);
