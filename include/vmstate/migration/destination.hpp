@@ -143,9 +143,8 @@ public:
             postcopy_->broken(error(errc::io, {}, "paused"));
     }
     /// Ends a postcopy that isn't complete, paused or not, as failed. What has not come is lost: whoever waits for a page
-    /// goes on with zeros, so that a guest that runs is no longer one, but nothing hangs. One that never was told to run
-    /// (`status().postcopy.state` was never `running`) doesn't run here any more; whether it goes on at the source only the
-    /// source can tell.
+    /// goes on with zeros, so that a guest that runs is no longer one, but nothing hangs. Where RUN hasn't come the guest
+    /// isn't started here any more: only the source can tell whether it goes on there.
     void give_up() {
         {
             const std::lock_guard lock(channel_mutex_);

@@ -189,7 +189,7 @@ public:
     ///
     /// A QEMU may have run the guest without our hearing of it. Where the connection to one broke before it has said that the
     /// devices are loaded, its guest most likely never ran, and this one goes on: make sure first that the destination is
-    /// gone. With a destination of ours that needs nobody: there it isn't paused then, it has failed.
+    /// gone. With a destination of ours that needs nobody: the migration isn't paused then, it has failed, and this guest runs.
     result<void> give_up() {
         const state at = monitor_.now();
         if (at != state::postcopy_paused && at != state::postcopy_recover)

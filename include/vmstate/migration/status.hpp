@@ -54,8 +54,8 @@ struct status {
     std::chrono::milliseconds total_time{0};        ///< since the start, or in all
     std::chrono::milliseconds setup_time{0};        ///< until the first page
     std::chrono::milliseconds expected_downtime{0}; ///< while active: of a switchover now; before it is known, the limit
-    /// How long the guest stood still, seen from here: at the end; of postcopy, until the destination has loaded the
-    /// devices and starts it.
+    /// How long the guest stood still, seen from here: at the end; of postcopy, until the destination has answered to RUN, or,
+    /// where it doesn't wait for that, has loaded the devices.
     std::chrono::milliseconds downtime{0};
     unsigned cpu_throttle_percentage = 0;
     error error_desc; ///< why it failed; in postcopy-paused, why the connection broke or didn't come about
