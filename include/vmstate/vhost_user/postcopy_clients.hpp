@@ -2,10 +2,9 @@
 //
 // The vhost-user backends that share a machine's memory while postcopy brings it: each has page faults of its own, for
 // which the destination fetches pages as for the guest's, and is woken when they are there. Depends on front_end.hpp,
-// memory_table.hpp and postcopy/.
+// shared_memory.hpp and postcopy/.
 #pragma once
 
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -39,16 +38,9 @@
 #include <vmstate/vhost_user/memory_table.hpp>
 #include <vmstate/vhost_user/message.hpp>
 #include <vmstate/vhost_user/page_notices.hpp>
+#include <vmstate/vhost_user/shared_memory.hpp>
 
 namespace vmstate::vhost_user {
-
-/// A part of a RAM block that backends map: whole host pages. Bytes.
-struct shared_region {
-    std::string block;
-    std::uint64_t offset = 0;
-    std::uint64_t size = 0; ///< 0: up to the block's end
-    std::uint64_t guest_address = 0;
-};
 
 /// Where a backend is.
 enum class client_phase {
@@ -78,14 +70,6 @@ struct client_status {
 };
 
 namespace detail {
-
-/// A region of a client's table, and where its memory is.
-struct client_region {
-    ram_block* block;
-    std::uint64_t offset;  ///< in the block
-    std::uint64_t size;
-    std::uint64_t address; ///< in the client
-};
 
 /// A client's memory from LISTEN on, and the way to its faults. Every thread may call it.
 class client_memory {
@@ -370,45 +354,9 @@ private:
         // It registers its mappings when this has come: what it touches from then on is seen here. QEMU's has a value.
         return to.send(make_message(request::set_mem_table, std::uint64_t{0}));
     }
-    /// What is shared, and how it stands in SET_MEM_TABLE.
-    struct shared_memory {
-        std::vector<detail::client_region> regions;
-        std::vector<memory_region> table;
-
-        void add(ram_block& block, std::uint64_t offset, std::uint64_t size, std::uint64_t guest_address) {
-            regions.push_back({&block, offset, size, 0});
-            table.push_back({guest_address, size, reinterpret_cast<std::uintptr_t>(block.memory.data()) + offset,
-                block.options.file.offset + offset});
-        }
-    };
-    /// Where it lies now: the stream may have changed a block's length since ADVISE.
-    result<shared_memory> find_memory() const {
-        shared_memory found;
-        if (wanted_.empty())
-            for (const std::unique_ptr<ram_block>& block : ram_->blocks())
-                if (block->used_length != 0) found.add(*block, 0, block->used_length, block->options.guest_address);
-        for (const shared_region& one : wanted_) {
-            ram_block* const block = ram_->find(one.block);
-            if (block == nullptr) return error(errc::invalid_argument, "a RAM block", one.block);
-            const std::uint64_t unit = block->options.host_page_size;
-            const std::uint64_t rest = one.offset < block->used_length ? block->used_length - one.offset : 0;
-            const std::uint64_t size = one.size != 0 ? one.size : rest;
-            if (size == 0 || size > rest || one.offset % unit != 0 || size % unit != 0)
-                return std::move(error(errc::invalid_argument,
-                    "a region of whole host pages within " + std::to_string(block->used_length) + " bytes",
-                    std::to_string(one.offset) + "+" + std::to_string(one.size))
-                                     .within(one.block));
-            found.add(*block, one.offset, size, one.guest_address);
-        }
-        if (found.table.empty() || found.table.size() > max_descriptors)
-            return error(errc::unsupported, "1 to " + std::to_string(max_descriptors) + " regions for backends to map",
-                std::to_string(found.table.size()));
-        if (const result<memory_table> fits = memory_table::from(found.table, std::nullopt); !fits) return fits.error();
-        return found;
-    }
     /// What they are to map must be something that another process can map, and into whose file we can put pages.
     result<void> check_memory() const {
-        const result<shared_memory> found = find_memory();
+        const result<shared_memory> found = shared_memory::find(*ram_, wanted_);
         if (!found) return std::move(error(found.error()).within("vhost-user"));
         for (const detail::client_region& one : found->regions) {
             const auto refuse = [&](std::string remedy, std::string reason) {
@@ -425,17 +373,15 @@ private:
     }
     /// The regions with their descriptors; where the backend has them.
     result<std::vector<detail::client_region>> send_table(front_end& to) const {
-        result<shared_memory> shared = find_memory();
+        result<shared_memory> shared = shared_memory::find(*ram_, wanted_);
         if (!shared) return to.within(request::set_mem_table, shared.error());
-        std::vector<unique_fd> descriptors;
-        for (const detail::client_region& one : shared->regions) {
+        for (const detail::client_region& one : shared->regions)
             if (ram_->is_ignored(*one.block))
                 return to.within(request::set_mem_table,
                     error(errc::unsupported, "no capability x-ignore-shared with backends in postcopy", one.block->name));
-            descriptors.emplace_back(::fcntl(one.block->options.file.fd, F_DUPFD_CLOEXEC, 0));
-            if (!descriptors.back()) return to.within(request::set_mem_table, userfault::failure("fcntl"));
-        }
-        const result<message> answer = to.ask(make_memory_table(shared->table, std::move(descriptors)));
+        const result<message> table = shared->make_table();
+        if (!table) return to.within(request::set_mem_table, table.error());
+        const result<message> answer = to.ask(*table);
         if (!answer) return answer.error();
         if (result<void> fits = take_answer(*answer, *shared, !to.has(protocol_feature::page_notices)); !fits) return to.within(request::set_mem_table, fits.error());
         return std::move(shared->regions);
