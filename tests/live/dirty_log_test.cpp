@@ -7,6 +7,7 @@
 #include <vmstate/ram/kvm_log.hpp>
 #include <vmstate/ram/kvm_ring_log.hpp>
 #include <vmstate/ram/marked_log.hpp>
+#include <vmstate/ram/merged_log.hpp>
 #include <vmstate/ram/pagemap_scan_log.hpp>
 #include <vmstate/ram/present_pages.hpp>
 #include <vmstate/ram/userfault_log.hpp>
@@ -35,7 +36,7 @@ namespace {
 
 constexpr std::size_t page_size = 4096;
 
-static_assert(dirty_log<marked_log> && dirty_log<pagemap_scan_log> && dirty_log<userfault_log>);
+static_assert(dirty_log<marked_log> && dirty_log<merged_log> && dirty_log<pagemap_scan_log> && dirty_log<userfault_log>);
 static_assert(dirty_log<kvm_bitmap_log> && dirty_log<kvm_ring_log> && dirty_log<any_dirty_log>);
 
 /// Guest memory of one kind or another, gone at the end.
@@ -259,6 +260,30 @@ TEST_CASE("marked log: a write over several pages, and one that leaves the block
     log.mark(0, 0);
     CHECK(log.collect(dirty).value() == 1);
     CHECK(dirty.test(9));
+}
+
+TEST_CASE("merged log: a page is dirty where one of them says so") {
+    const memory ram = memory::map(memory::kind::anonymous, few_pages * page_size).value();
+    marked_log even(ram.span().size()), odd(ram.span().size());
+    std::vector<any_dirty_log> logs;
+    logs.emplace_back(even);
+    logs.emplace_back(odd);
+    merged_log log(std::move(logs));
+    const after_write mark = [&](std::size_t page) { (page % 2 == 0 ? even : odd).mark(page * page_size, 8); };
+    nothing_is_missed(ram, log, mark);
+    only_what_is_written_is_told(ram, log, mark);
+
+    REQUIRE(log.start());
+    even.mark(0, 3 * page_size);
+    odd.mark(2 * page_size, 2 * page_size);
+    page_bitmap dirty(few_pages);
+    CHECK(log.collect(dirty).value() == 4);
+    REQUIRE(log.stop());
+    CHECK(log.collect(dirty).has_error());
+    // One that can't be started starts none.
+    REQUIRE(odd.start());
+    CHECK(log.start().has_error());
+    CHECK(even.start());
 }
 
 TEST_CASE("PAGEMAP_SCAN log") {
