@@ -35,6 +35,7 @@
 #include <vmstate/postcopy/discard_memory.hpp>
 #include <vmstate/postcopy/request_queue.hpp>
 #include <vmstate/postcopy/support.hpp>
+#include <vmstate/vhost_user/backend_log.hpp>
 #include <vmstate/vhost_user/client.hpp>
 #include <vmstate/vhost_user/postcopy_clients.hpp>
 
@@ -1018,4 +1019,176 @@ TEST_CASE("notices of what isn't there, too many of them, and others at all end 
         CHECK(small.at.failures().size() == 1);
         if (failed) CHECK_THAT(small.at.failures()[0], contains(one.said));
     }
+}
+
+namespace {
+
+/// A backend in this process, with the client of this library.
+class client_thread {
+public:
+    explicit client_thread(unique_fd socket) : socket_(std::move(socket)) {
+        messages_ = std::thread([this] {
+            static_cast<void>(backend.run(socket_.get(), [](const vhost_user::message& m) -> result<vhost_user::handling> {
+                return m.request == request::set_owner ? vhost_user::handling::done : vhost_user::handling::not_mine;
+            }));
+        });
+    }
+    ~client_thread() {
+        ::shutdown(socket_.get(), SHUT_RDWR);
+        messages_.join();
+    }
+
+    vhost_user::client backend;
+
+private:
+    unique_fd socket_;
+    std::thread messages_;
+};
+
+} // namespace
+
+TEST_CASE("what backends write while a log is started is in it, whichever of them and wherever, and nothing else is") {
+    // Two regions of one block, of which one begins in the midst of a byte of the log, and another block.
+    constexpr std::size_t pages = 64;
+    const ram_memory memory = ram_memory::memfd("guest", pages * page).value(), other_memory = ram_memory::memfd("other", 8 * page).value();
+    ram_section ram;
+    add_block(ram, "pc.ram", memory);
+    add_block(ram, "other", other_memory);
+    constexpr std::uint64_t high = (std::uint64_t{4} << 30) + 3 * page;
+    const std::vector<vhost_user::shared_region> regions{{"pc.ram", 0, 32 * page, 0}, {"pc.ram", 32 * page, 0, high}, {"other", 0, 0, high + 32 * page}};
+    vhost_user::backend_log all(ram, regions);
+    auto log = all.of("pc.ram"), of_other = all.of("other");
+    const bool reply_ack = GENERATE(true, false);
+    CAPTURE(reply_ack);
+
+    const auto connect = [&](const char* name, std::optional<client_thread>& backend) {
+        connection made = connect_backend(name, 20s, 0);
+        backend.emplace(std::move(made.back));
+        REQUIRE(message_of(made.front->negotiate(0, vhost_user::protocol_feature::log_shmfd |
+                                                        (reply_ack ? vhost_user::protocol_feature::reply_ack : 0))) == "");
+        const auto shared = vhost_user::shared_memory::find(ram, regions);
+        REQUIRE(message_of(shared) == "");
+        auto table = shared->make_table();
+        REQUIRE(message_of(table) == "");
+        REQUIRE(message_of(made.front->tell(std::move(*table))) == "");
+        return made.front;
+    };
+    std::optional<client_thread> disk, net;
+    const auto to_disk = connect("disk", disk);
+    REQUIRE(message_of(all.add(to_disk)) == "");
+    const auto write = [&](client_thread& who, std::uint64_t address, std::uint64_t size = 1) {
+        const std::optional<vhost_user::memory_access> access = who.backend.access();
+        REQUIRE(access);
+        REQUIRE_FALSE(access->table().at_guest(address, size).empty());
+        access->table().at_guest(address, size)[0] = std::byte{1};
+        access->mark_dirty(address, size);
+    };
+    page_bitmap dirty(pages), dirty_other(8);
+    CHECK(log.collect(dirty).has_error());
+    REQUIRE(message_of(log.start()) == "");
+    REQUIRE(message_of(of_other.start()) == "");
+    CHECK(log.start().has_error());
+    CHECK((to_disk->features() & vhost_user::feature::log_all) != 0);
+
+    // One that comes when logs are started logs, too.
+    const auto to_net = connect("net", net);
+    REQUIRE(message_of(all.add(to_net)) == "");
+    write(*disk, 0);
+    write(*net, 31 * page, page);
+    write(*net, high);
+    write(*disk, high + page);
+    write(*disk, high + 31 * page + 8);
+    write(*net, high + 32 * page); // the other block's first page, in the same byte of the log
+    CHECK(log.collect(dirty).value() == 5);
+    for (const std::size_t number : {0u, 31u, 32u, 33u, 63u}) CHECK(dirty.test(number));
+    CHECK(of_other.collect(dirty_other).value() == 1);
+    CHECK(dirty_other.test(0));
+    CHECK(log.collect(dirty).value() == 0);
+    CHECK(of_other.collect(dirty_other).value() == 0);
+    page_bitmap wrong(pages + 1);
+    CHECK(log.collect(wrong).has_error());
+
+    // The last one that stops ends it; another time it begins without a mark.
+    REQUIRE(message_of(log.stop()) == "");
+    CHECK(log.collect(dirty).has_error());
+    write(*net, high + 33 * page);
+    CHECK(of_other.collect(dirty_other).value() == 1);
+    REQUIRE(message_of(of_other.stop()) == "");
+    REQUIRE(message_of(of_other.stop()) == "");
+    CHECK((to_disk->features() & vhost_user::feature::log_all) == 0);
+    write(*disk, 5 * page);
+    REQUIRE(message_of(log.start()) == "");
+    dirty.clear_all();
+    CHECK(log.collect(dirty).value() == 0);
+
+    // One that is gone is an error where it would have to log, and takes nothing of what it has marked with it.
+    write(*net, 7 * page);
+    net.reset();
+    CHECK(log.collect(dirty).value() == 1);
+    CHECK(log.stop().has_error());
+    CHECK_THAT(message_of(log.start()), contains("vhost-user backend net/SET_LOG_BASE"));
+    CHECK((to_disk->features() & vhost_user::feature::log_all) == 0);
+    all.remove(*to_net);
+    CHECK(message_of(log.start()) == "");
+    CHECK(message_of(log.stop()) == "");
+
+    // One that can't log is told so, by its name.
+    const auto to_third = connect("third", net);
+    to_third->set_protocol_features(0);
+    REQUIRE(message_of(all.add(to_third)) == "");
+    CHECK_THAT(message_of(log.start()), contains("vhost-user backend third/SET_LOG_BASE"));
+    CHECK_THAT(message_of(log.start()), contains("LOG_SHMFD"));
+}
+
+TEST_CASE("no write of a backend is missed by a log that is asked while backends write") {
+    constexpr std::size_t pages = 512;
+    const ram_memory memory = ram_memory::memfd("guest", pages * page).value();
+    ram_section ram;
+    ram_block& block = add_block(ram, "pc.ram", memory);
+    vhost_user::backend_log all(ram);
+    auto log = all.of("pc.ram");
+    connection to = connect_backend("disk", 20s, 0);
+    client_thread disk(std::move(to.back));
+    REQUIRE(message_of(to.front->negotiate(0, vhost_user::protocol_feature::log_shmfd | vhost_user::protocol_feature::reply_ack)) == "");
+    REQUIRE(message_of(to.front->tell(*vhost_user::shared_memory::find(ram, {})->make_table())) == "");
+    REQUIRE(message_of(all.add(to.front)) == "");
+
+    std::vector<std::uint64_t> copy(pages); // what a migration would have sent last
+    page_bitmap dirty(pages);
+    const auto send = [&] {
+        CHECK(message_of(log.collect(dirty)) == "");
+        for (std::size_t number = 0; number != pages; ++number)
+            if (dirty.test(number)) copy[number] = counter_of(memory.span(), number).load(std::memory_order_relaxed);
+        dirty.clear_all();
+    };
+    constexpr std::size_t writes = 200'000;
+    std::atomic<unsigned> left = 2;
+    std::vector<std::thread> writers;
+    for (unsigned seed = 0; seed != 2; ++seed)
+        writers.emplace_back([&, seed] {
+            std::mt19937 random(seed);
+            for (std::size_t i = 0; i != writes; ++i) {
+                const std::size_t number = random() % (i % 2 == 0 ? 8 : pages); // some again and again
+                const std::optional<vhost_user::memory_access> access = disk.backend.access();
+                const std::uint64_t address = block.options.guest_address + number * page;
+                counter_of(access->table().at_guest(address, page), 0).fetch_add(1, std::memory_order_relaxed);
+                access->mark_dirty(address, page);
+            }
+            --left;
+        });
+    REQUIRE(message_of(log.start()) == "");
+    dirty.set_range(0, pages);
+    while (left != 0) send();
+    for (std::thread& one : writers) one.join();
+    send();
+    CHECK(message_of(log.stop()) == "");
+    std::size_t stale = 0;
+    std::uint64_t counted = 0;
+    for (std::size_t number = 0; number != pages; ++number) {
+        const std::uint64_t now = counter_of(memory.span(), number).load();
+        stale += copy[number] != now;
+        counted += now;
+    }
+    CHECK(stale == 0);
+    CHECK(counted == 2 * writes);
 }

@@ -4,6 +4,7 @@
 // Depends on message.hpp.
 #pragma once
 
+#include <fcntl.h>
 #include <sys/socket.h>
 
 #include <atomic>
@@ -51,7 +52,38 @@ public:
             if (result<void> told = tell(make_message(request::set_protocol_features, protocol)); !told) return told;
         }
         set_protocol_features(protocol);
-        return tell(make_message(request::set_features, *offered & (wanted | feature::protocol_features)));
+        offered_features_ = *offered;
+        return set_features(*offered & (wanted | feature::protocol_features));
+    }
+    /// What SET_FEATURES has said last.
+    std::uint64_t features() const noexcept { return features_.load(); }
+    /// When it returns the backend goes by them, in all of its threads.
+    result<void> set_features(std::uint64_t features) {
+        features_ = features;
+        if (result<void> told = tell(make_message(request::set_features, features)); !told) return told;
+        if (has(protocol_feature::reply_ack)) return {};
+        // One after the other: it can't answer this before it is done with that.
+        const result<std::uint64_t> answered = ask_value(request::get_features);
+        if (!answered) return answered.error();
+        return {};
+    }
+    /// After `negotiate`. SET_LOG_BASE: where the backend marks the pages that it writes, from the beginning of `file`; `size` bytes of bitmap.
+    result<void> set_log(std::uint64_t size, const unique_fd& file) {
+        if ((offered_features_ & feature::log_all) == 0 || !has(protocol_feature::log_shmfd))
+            return within(request::set_log_base,
+                error(errc::unsupported, "a backend that logs what it writes (VHOST_F_LOG_ALL, LOG_SHMFD)", "one that doesn't"));
+        message m = make_message(request::set_log_base, size);
+        m.put(std::uint64_t{0});
+        m.descriptors.emplace_back(::fcntl(file.get(), F_DUPFD_CLOEXEC, 0));
+        if (!m.descriptors.back()) return within(request::set_log_base, detail::socket_error("descriptor of the log"));
+        // It comes with an answer, in which some have a value and some nothing.
+        const result<message> answer = ask(m);
+        if (!answer) return answer.error();
+        return {};
+    }
+    /// Whether it marks them: VHOST_F_LOG_ALL.
+    result<void> set_logging(bool logging) {
+        return set_features(logging ? features() | feature::log_all : features() & ~feature::log_all);
     }
     /// What was agreed upon; set by who has negotiated in another way.
     std::uint64_t protocol_features() const noexcept { return protocol_features_.load(); }
@@ -148,6 +180,8 @@ private:
     const std::string name_;
     const std::chrono::milliseconds patience_;
     std::atomic<std::uint64_t> protocol_features_ = 0;
+    std::atomic<std::uint64_t> offered_features_ = 0;
+    std::atomic<std::uint64_t> features_ = 0;
     std::mutex socket_mutex_; ///< the socket, from a request to its answer
 };
 
