@@ -17,11 +17,13 @@
 #include <optional>
 #include <string>
 #include <system_error>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
 #include <vmstate/postcopy/support.hpp>
 
+#include "backends.hpp"
 #include "events.hpp"
 #include "make_vm.hpp"
 #include "migrations.hpp"
@@ -53,6 +55,8 @@ struct command_line {
     std::uint32_t tick_interval = 100;
     std::uint32_t downtime_limit = 300;
     std::string postcopy_after;
+    std::vector<std::string> backends; // sockets
+    std::uint64_t shared_memory = std::uint64_t{4} << 20;
     live::migration_options migration;
     std::string serial;
     bool json = false;
@@ -84,15 +88,17 @@ live::dirty_log_kind choose_dirty_log(const command_line& asked, live::cpu_kind 
 }
 
 /// Work for the guest, in whole pages and intervals of about 10 ms. Of its RAM it works in so much, and leaves the rest
-/// untouched.
+/// untouched, as it does with what it shares with backends.
 live::guest_parameters guest_work(const command_line& asked, std::uint32_t ram_base, std::uint64_t work_memory) {
     constexpr std::uint32_t page = 4096;
     constexpr std::uint32_t second = 1'000'000;
     constexpr std::uint32_t usual_interval = 10'000;
     live::guest_parameters work{};
+    const std::uint64_t shared = asked.backends.empty() ? 0 : std::min(asked.shared_memory, asked.memory);
     work.hot_begin = ram_base + live::guest_parameters::first_free;
     work.cold_end = ram_base + static_cast<std::uint32_t>(
-        std::clamp<std::uint64_t>(work_memory / page * page, live::guest_parameters::first_free, asked.memory));
+        std::clamp<std::uint64_t>(std::min(work_memory, asked.memory - shared) / page * page,
+            live::guest_parameters::first_free, asked.memory));
     const std::uint64_t pages = (work.cold_end - work.hot_begin) / page;
     work.hot_end = work.hot_begin + static_cast<std::uint32_t>(pages * asked.dirty_share / 100) * page;
     work.interval_us = usual_interval;
@@ -107,7 +113,9 @@ live::guest_parameters guest_work(const command_line& asked, std::uint32_t ram_b
 class program {
 public:
     program(const command_line& asked, std::uint64_t work_memory, live::vm& vm, const events& all, live::report& said)
-        : asked_(asked), work_memory_(work_memory), vm_(vm), events_(all), report_(said) {}
+        : asked_(asked), work_memory_(work_memory), vm_(vm), events_(all), report_(said) {
+        if (!asked.backends.empty()) backends_.emplace(vm, asked.backends, asked.shared_memory, said);
+    }
 
     int run() {
         // Said now, not when the guest comes.
@@ -117,15 +125,16 @@ public:
                 return exit_failed;
             }
         if (asked_.incoming) {
-            if (!prepare_to_receive()) return exit_failed;
-            if (!receive()) return exit_failed;
+            // Before anybody hears that it waits for a guest: without them it wouldn't take one.
+            if (!connect_backends() || !prepare_to_receive() || !receive()) return exit_failed;
         } else {
             const auto booted = vm_.boot(guest_work(asked_, vm_.ram_base(), work_memory_));
             if (!booted) {
                 complain("machine", booted.error());
                 return exit_failed;
             }
-            if (const vmstate::result<void> started = vm_.start(); !started) {
+            if (!connect_backends()) return exit_failed;
+            if (const vmstate::result<void> started = vm_.guest().start(); !started) {
                 complain("machine", started.error());
                 return exit_failed;
             }
@@ -147,7 +156,7 @@ public:
                 return exit_failed;
             }
             if (!returns) return EXIT_SUCCESS;
-            if (!receive()) return exit_failed;
+            if (!connect_backends() || !receive()) return exit_failed;
         }
         return run_guest(run_for()) ? EXIT_SUCCESS : exit_failed;
     }
@@ -189,7 +198,8 @@ private:
     }
 
     bool prepare_to_receive() {
-        coming_ = std::make_unique<live::inbound>(vm_, asked_.migration, events_, report_);
+        coming_ = std::make_unique<live::inbound>(
+            vm_, backends_ ? &backends_->postcopy() : nullptr, asked_.migration, events_, report_);
         const vmstate::result<void> listening = coming_->prepare(asked_.listen_uri);
         return listening || complain(asked_.listen_uri, listening.error());
     }
@@ -199,6 +209,12 @@ private:
         report_.arrived(coming_->status());
         coming_.reset();
         return true;
+    }
+
+    bool connect_backends() {
+        if (!backends_) return true;
+        const vmstate::result<void> connected = backends_->connect();
+        return connected || complain("--vhost-user", connected.error());
     }
 
     bool complain(const std::string& what, const vmstate::error& failure) {
@@ -211,6 +227,7 @@ private:
     live::vm& vm_;
     const events& events_;
     live::report& report_;
+    std::optional<live::backends> backends_;
     std::unique_ptr<live::inbound> coming_;
 };
 
@@ -226,6 +243,14 @@ int run(command_line asked) {
     if (!asked.postcopy_after.empty() || parameters.postcopy_preempt || parameters.max_postcopy_bandwidth != 0 ||
         !asked.migration.recover_uri.empty())
         parameters.postcopy_ram = true;
+    const std::uint64_t page = asked.huge_pages ? live::memory::huge_page : live::memory::small_page;
+    if (const std::uint64_t shared = asked.shared_memory; !asked.backends.empty() &&
+        (shared == 0 || shared % page != 0 || asked.memory < live::guest_parameters::first_free ||
+            shared > asked.memory - live::guest_parameters::first_free)) {
+        said.failed("--shared-memory", "whole pages of " + std::to_string(page) + " bytes, and less than the guest's RAM, not " +
+                                           std::to_string(shared) + " bytes");
+        return exit_failed;
+    }
     vmstate::unique_fd serial(asked.serial.empty()
                                   ? ::dup(STDOUT_FILENO)
                                   : ::open(asked.serial.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
@@ -265,6 +290,13 @@ void add_common_options(CLI::App& to, command_line& asked) {
           "How writes to RAM are found. riscv: marked by the processor, or pagemap, by the kernel; kvm: kvm-bitmap, kvm-ring "
           "or pagemap. Without: the first")
         ->check(CLI::IsMember({"marked", "pagemap", "kvm-bitmap", "kvm-ring"}));
+    to.add_option("--vhost-user", asked.backends,
+        "The unix socket of a vhost-user backend that shares memory with the machine, as vhost_user_worker does; once for "
+        "each, both sides as many");
+    to.add_option("--shared-memory", asked.shared_memory,
+          "So much of the RAM, at its end, is what backends share, with K, M or G; the guest leaves it alone; both sides the same")
+        ->transform(CLI::AsSizeValue(false))
+        ->capture_default_str();
     to.add_option("--serial", asked.serial, "Append the serial port's output to this file; stdout without");
     to.add_flag("--json", asked.json, "Say on stderr what happens as JSON, one object a line");
     CLI::Option* const migrate =

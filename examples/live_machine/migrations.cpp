@@ -109,12 +109,14 @@ bool outbound::end() {
 
 // ---- the guest comes --------------------------------------------------------------------------------------------
 
-inbound::inbound(vm& into, const migration_options& options, const events& all, report& said)
+inbound::inbound(
+    vm& into, vmstate::postcopy_observer* others, const migration_options& options, const events& all, report& said)
     : options_(options)
     , events_(all)
     , report_(said)
     , news_(all)
     , destination_(into.machine(), into.guest(), options.parameters) {
+    if (others != nullptr) destination_.add_postcopy_observer(*others);
     destination_.observe([this](const vmstate::migration::status& at) {
         report_.coming(at);
         news_.hear(at);

@@ -15,6 +15,7 @@
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/source.hpp>
 #include <vmstate/migration/status.hpp>
+#include <vmstate/postcopy/observer.hpp>
 #include <vmstate/support/result.hpp>
 
 #include "events.hpp"
@@ -75,7 +76,8 @@ private:
 
 class inbound {
 public:
-    inbound(vm& into, const migration_options& options, const events& all, report& said);
+    /// `others`: who shares the memory, if anybody does.
+    inbound(vm& into, vmstate::postcopy_observer* others, const migration_options& options, const events& all, report& said);
 
     /// Listens where `uri` says, if that is a socket, and says where.
     vmstate::result<void> prepare(const std::string& uri);

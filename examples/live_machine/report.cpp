@@ -77,6 +77,20 @@ std::string draw(const faults& all) {
     }
     return lines;
 }
+/// A line for each backend that shares the memory.
+std::string describe(const vmstate::postcopy_client_status& one) {
+    std::array<char, 160> text{};
+    std::snprintf(text.data(), text.size(), " waited for %llu pages, %.1f ms in all, the longest time %.1f ms",
+        static_cast<unsigned long long>(one.faults), microseconds(one.blocked) / 1000, microseconds(one.longest) / 1000);
+    return '\n' + one.name + text.data();
+}
+boost::json::array clients_of(const faults& all) {
+    boost::json::array clients;
+    for (const vmstate::postcopy_client_status& one : all.clients)
+        clients.push_back({{"name", one.name}, {"faults", one.faults}, {"already-received", one.already_received},
+            {"blocked-us", microseconds(one.blocked)}, {"longest-us", microseconds(one.longest)}});
+    return clients;
+}
 /// In the n-th place, the waits below 2^n microseconds that aren't in one before it.
 boost::json::array histogram(const faults& all) {
     boost::json::array counts(all.latencies.begin(), all.latencies.end());
@@ -188,6 +202,8 @@ void report::arrived(const vmstate::migration::status& last) {
         object["blocktime-us"] = microseconds(all.blocktime);
         waits += '\n';
         waits += describe(all) + draw(all);
+        if (!all.clients.empty()) object["clients"] = clients_of(all);
+        for (const vmstate::postcopy_client_status& one : all.clients) waits += describe(one);
     }
     say("arrived: " + mib(last.ram.transferred) + "; the guest runs here" + waits, object);
 }
