@@ -5,20 +5,31 @@
 #include "support/catch.hpp"
 #include "support/huge_pages.hpp"
 #include "support/linux_guest.hpp"
+#include "support/outcome.hpp"
 #include "support/qemu.hpp"
 
+#include <vmstate/machine/ram_memory.hpp>
+#include <vmstate/machine/ram_section.hpp>
 #include <vmstate/ram/userfault.hpp>
+#include <vmstate/vhost_user/backend_log.hpp>
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -81,13 +92,19 @@ std::size_t count_of(std::string_view text, std::string_view part) {
     return count;
 }
 
-/// Runs examples/vhost_user_disk until its VMM is gone.
+/// Runs a backend until its VMM is gone.
 class backend {
 public:
-    backend(const temporary_directory& where, std::string name, const std::vector<std::string>& more)
-        : socket_(where.file(name + ".sock")), output_(where.file(name + ".txt")) {
-        std::vector<std::string> words{VHOST_USER_DISK, "--socket-path", socket_, "--blk-file", where.file("disk")};
-        words.insert(words.end(), more.begin(), more.end());
+    /// examples/vhost_user_disk.
+    backend(const temporary_directory& where, const std::string& name, const std::vector<std::string>& more)
+        : backend(where.file(name + ".sock"), where.file(name + ".txt"), [&] {
+            std::vector<std::string> words{VHOST_USER_DISK, "--socket-path", where.file(name + ".sock"), "--blk-file", where.file("disk")};
+            words.insert(words.end(), more.begin(), more.end());
+            return words;
+        }()) {}
+    /// A program that listens at the socket.
+    backend(std::string socket, std::string output, std::vector<std::string> words)
+        : socket_(std::move(socket)), output_(std::move(output)) {
         std::vector<char*> arguments;
         for (std::string& word : words) arguments.push_back(word.data());
         arguments.push_back(nullptr);
@@ -98,7 +115,7 @@ public:
             const int out = ::open(output_.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
             ::dup2(out, STDOUT_FILENO);
             ::dup2(out, STDERR_FILENO);
-            ::execv(arguments[0], arguments.data());
+            ::execvp(arguments[0], arguments.data());
             ::_exit(127);
         }
         for (int i = 0; i < 1000 && !std::filesystem::exists(socket_); ++i)
@@ -270,4 +287,155 @@ TEST_CASE("a Linux finds its disk and all that is on it, while it and its disk's
     CHECK(machine->quit() == 0);
     CHECK(disk->wait() == 0);
     CHECK_THAT(disk->output(), contains("postcopy yes"));
+}
+
+namespace {
+
+using namespace vmstate::vhost_user;
+
+/// A VMM's part of a disk of one queue: a driver that reads a sector, in a memory of 16 pages with a page for each thing.
+class small_vmm {
+public:
+    static constexpr std::uint64_t page = 4096;
+    static constexpr std::uint64_t guest = 3 * page; // where RAM begins
+    enum : std::uint64_t { descriptors = 1, available = 2, used = 3, header = 4, data = 5, status = 7 };
+
+    explicit small_vmm(const std::string& socket)
+        : memory(vmstate::ram_memory::memfd("guest", 16 * page).value()), log(ram), disk(std::make_shared<front_end>(connect(socket), "disk")) {
+        vmstate::ram_options options;
+        options.file = memory.file();
+        options.guest_address = guest;
+        ram.insert(std::make_unique<vmstate::ram_block>(vmstate::ram_block{"ram", memory.span(), memory.span().size(), options}));
+    }
+
+    /// What the page holds, from its beginning on.
+    template <class T>
+    T& at(std::uint64_t number, std::uint64_t offset = 0) {
+        return *reinterpret_cast<T*>(memory.span().data() + number * page + offset);
+    }
+    vmstate::result<void> set_up() {
+        constexpr std::uint64_t version_1 = std::uint64_t{1} << 32;
+        vmstate::result<void> done = disk->negotiate(version_1, protocol_feature::reply_ack | protocol_feature::log_shmfd);
+        if (!done) return done;
+        vmstate::result<message> table = shared_memory::find(ram, {}).value().make_table();
+        if (!table) return table.error();
+        if (done = disk->tell(std::move(*table)); !done) return done;
+        for (const auto& [what, number] : {std::pair(request::set_vring_num, 8u), std::pair(request::set_vring_base, 0u)})
+            if (done = disk->tell(make_message(what, vring_state{0, number})); !done) return done;
+        if (done = tell_ring(false); !done) return done;
+        for (const auto& [what, event] : {std::pair(request::set_vring_call, &call_), std::pair(request::set_vring_kick, &kick_)}) {
+            message m = make_message(what, std::uint64_t{0});
+            m.descriptors.emplace_back(::fcntl(event->get(), F_DUPFD_CLOEXEC, 0));
+            if (done = disk->tell(std::move(m)); !done) return done;
+        }
+        return disk->tell(make_message(request::set_vring_enable, vring_state{0, 1}));
+    }
+    /// SET_VRING_ADDR, with where the used ring is logged.
+    vmstate::result<void> tell_ring(bool logged) {
+        struct {
+            std::uint32_t index, flags;
+            std::uint64_t descriptors, used, available, log;
+        } const ring{0, logged ? 1u : 0u, address_here(descriptors), address_here(used), address_here(available), guest + used * page};
+        return disk->tell(make_message(request::set_vring_addr, ring));
+    }
+    /// Reads so many bytes from the disk's beginning, by virtio-blk's request of three descriptors; whether it came.
+    bool read(std::uint32_t size) {
+        struct descriptor {
+            std::uint64_t address;
+            std::uint32_t length;
+            std::uint16_t flags, next;
+        };
+        constexpr std::uint16_t has_next = 1, is_written = 2;
+        std::memset(&at<char>(header), 0, 16); // VIRTIO_BLK_T_IN, sector 0
+        at<descriptor>(descriptors) = {guest + header * page, 16, has_next, 1};
+        at<descriptor>(descriptors, 16) = {guest + data * page, size, has_next | is_written, 2};
+        at<descriptor>(descriptors, 32) = {guest + status * page, 1, is_written, 0};
+        at<std::uint8_t>(status) = 0xff;
+        at<std::uint16_t>(available, 4 + 2 * (reads_ % 8)) = 0;
+        std::atomic_ref(at<std::uint16_t>(available, 2)).store(static_cast<std::uint16_t>(++reads_), std::memory_order_seq_cst);
+        std::uint64_t count = 1;
+        if (::write(kick_.get(), &count, sizeof count) != sizeof count) return false;
+        pollfd called{call_.get(), POLLIN, 0};
+        while (std::atomic_ref(at<std::uint16_t>(used, 2)).load(std::memory_order_acquire) != reads_) {
+            if (::poll(&called, 1, 10'000) != 1) return false;
+            static_cast<void>(!::read(call_.get(), &count, sizeof count));
+        }
+        return at<std::uint8_t>(status) == 0;
+    }
+    /// How many requests it has taken, when it has stopped.
+    std::uint32_t stop() {
+        const vmstate::result<message> answer = disk->ask(make_message(request::get_vring_base, vring_state{0, 0}));
+        return answer ? answer->as<vring_state>().value().number : ~0u;
+    }
+
+    vmstate::ram_memory memory;
+    vmstate::ram_section ram;
+    backend_log log;
+    const std::shared_ptr<front_end> disk;
+
+private:
+    struct vring_state {
+        std::uint32_t index, number;
+    };
+    std::uint64_t address_here(std::uint64_t number) { return reinterpret_cast<std::uintptr_t>(&at<char>(number)); }
+    static vmstate::unique_fd connect(const std::string& path) {
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        std::memcpy(address.sun_path, path.data(), std::min(path.size(), sizeof address.sun_path - 1));
+        for (int i = 0; i < 1000; ++i) {
+            vmstate::unique_fd made(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+            if (::connect(made.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) return made;
+            std::this_thread::sleep_for(10ms);
+        }
+        throw std::runtime_error("nobody listens at " + path);
+    }
+
+    vmstate::unique_fd kick_{::eventfd(0, EFD_CLOEXEC)}, call_{::eventfd(0, EFD_CLOEXEC)};
+    std::uint16_t reads_ = 0;
+};
+
+} // namespace
+
+TEST_CASE("a backend of QEMU's logs for a VMM of ours what it writes to guest memory, and where its queue stands") {
+    const temporary_directory where;
+    if (std::system("qemu-storage-daemon --version > /dev/null 2>&1") != 0) return skip("no qemu-storage-daemon");
+    const std::string content(16 << 10, 'd');
+    std::ofstream(where.file("disk"), std::ios::binary) << content;
+    const std::string socket = where.file("disk.sock");
+    backend daemon(socket, where.file("disk.txt"),
+        {"qemu-storage-daemon", "--blockdev", "driver=file,node-name=disk,read-only=on,filename=" + where.file("disk"), "--export",
+            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path=" + socket});
+    small_vmm vmm(socket);
+    const vmstate::result<void> ready = vmm.set_up();
+    CAPTURE(daemon.output());
+    REQUIRE(message_of(ready) == "");
+    auto log = vmm.log.of("ram");
+    REQUIRE(message_of(vmm.log.add(vmm.disk)) == "");
+    const auto written = [&] {
+        vmstate::page_bitmap dirty(16);
+        CHECK(message_of(log.collect(dirty)) == "");
+        std::vector<std::uint64_t> pages;
+        for (std::size_t i = 0; i != dirty.size(); ++i)
+            if (dirty.test(i)) pages.push_back(i);
+        return pages;
+    };
+    using pages = std::vector<std::uint64_t>;
+
+    REQUIRE(vmm.read(8192));
+    REQUIRE(message_of(log.start()) == "");
+    CHECK(written() == pages{});
+    // The buffers, of which one is two pages, and the used ring.
+    REQUIRE(message_of(vmm.tell_ring(true)) == "");
+    REQUIRE(vmm.read(8192));
+    CHECK(written() == pages{small_vmm::used, small_vmm::data, small_vmm::data + 1, small_vmm::status});
+    REQUIRE(vmm.read(512));
+    CHECK(written() == pages{small_vmm::used, small_vmm::data, small_vmm::status});
+    CHECK(vmm.at<char>(small_vmm::data) == 'd');
+    CHECK(written() == pages{});
+    REQUIRE(message_of(log.stop()) == "");
+    REQUIRE(vmm.read(8192));
+    REQUIRE(message_of(log.start()) == "");
+    CHECK(written() == pages{});
+    CHECK(vmm.stop() == 4);
+    CHECK(message_of(log.stop()) == "");
 }
