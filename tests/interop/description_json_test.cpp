@@ -424,8 +424,7 @@ TEST_CASE("our description is QEMU's, entry by entry") {
         // From QEMU 10 on the elements of an array that can't be described as one have entries of one name, without an
         // index: not what these rules, which are those of 7.2 to 9, say of a description. We read both.
         qemu probe({.machine = "none", .stopped = true});
-        const auto version = probe.execute("query-version");
-        if (version.as_object().at("qemu").as_object().at("major").as_int64() >= 10)
+        if (probe.version() >= 1000)
             return skip("the installed QEMU is 10 or newer; its description follows other rules than ours");
     }
     const std::string machine = GENERATE("pc", "q35", "isapc", "microvm", "none");

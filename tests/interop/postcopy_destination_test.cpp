@@ -540,7 +540,9 @@ TEST_CASE("a guest that writes its memory as fast as it can goes on in postcopy,
         REQUIRE(message_of(arrived) == "");
         ours.join();
         CHECK(states.all() == std::vector{state::setup, state::active, state::postcopy_active, state::completed});
-        CHECK(migration_events(first, "completed") == std::vector<std::string>{"setup", "active", "postcopy-active", "completed"});
+        std::vector<std::string> events = migration_events(first, "completed");
+        if (first.version() >= 1000) CHECK(std::erase(events, "device") == 1); // a QEMU before 10.0 doesn't speak of it
+        CHECK(events == std::vector<std::string>{"setup", "active", "postcopy-active", "completed"});
         CHECK(destination.status().postcopy.requests > 0);
         CHECK(ours.starts == 1);
     }

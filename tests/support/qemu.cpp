@@ -328,6 +328,10 @@ json::object qemu::wait_event(std::string_view name) {
     return event;
 }
 
+int qemu::version() {
+    const json::object version = execute("query-version").as_object().at("qemu").as_object();
+    return static_cast<int>(version.at("major").as_int64() * 100 + version.at("minor").as_int64());
+}
 std::string qemu::status() {
     return std::string(execute("query-status").as_object().at("status").as_string());
 }

@@ -87,6 +87,9 @@ public:
     /// The oldest event of that name that nobody has taken yet; waits for it.
     boost::json::object wait_event(std::string_view name);
 
+    /// 702 for QEMU 7.2.
+    int version();
+
     /// "running", "paused", "inmigrate", ... as query-status says.
     std::string status();
     void stop();
