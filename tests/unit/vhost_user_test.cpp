@@ -2,6 +2,7 @@
 // The backend's half of vhost-user against a peer made by hand, over a socket pair: messages and tables that can't be meant,
 // the phases of postcopy in and out of order, threads that wait for pages, and a peer that dies in each phase.
 #include <support/catch.hpp>
+#include <support/huge_pages.hpp>
 #include <support/outcome.hpp>
 
 #include <vmstate/vhost_user/client.hpp>
@@ -10,6 +11,7 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <array>
@@ -18,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <future>
 #include <mutex>
 #include <optional>
@@ -87,6 +90,7 @@ public:
         runs_ = std::async(std::launch::async, [this] {
             return client_.run(sockets_.backend.get(), [this](message& m) -> result<handling> {
                 others_.push_back(m.request);
+                if (on_other) on_other();
                 return m.request == request::set_owner ? handling::done : handling::not_mine;
             });
         });
@@ -190,9 +194,13 @@ public:
         return message_of(runs_.get());
     }
 
+    /// Whether the guest's file has any page at all.
+    bool has_pages() const { return ::lseek(memory.get(), 0, SEEK_DATA) >= 0; }
+
     unique_fd memory;
     unique_fd faults;
     std::vector<memory_region> told;
+    std::function<void()> on_other; // what the device does with each of its messages
     client& backend() { return client_; }
     unique_fd& vmm() { return sockets_.vmm; }
     const std::vector<request>& others() const { return others_; }
@@ -505,6 +513,21 @@ TEST_CASE("postcopy takes its phases in order") {
         CHECK(b.ask_and_wait(make_request(request::postcopy_end)).as<std::uint64_t>().value() == 0);
         CHECK(b.backend().postcopy_phase() == phase::none);
     }
+    SECTION("an acknowledgement of a table in which nothing changed: QEMU's has no request then") {
+        REQUIRE(b.reach_running());
+        b.acknowledge(request{});
+        CHECK(b.backend().postcopy_phase() == phase::running);
+        auto waits = b.read_elsewhere(1);
+        CHECK(b.next_fault() == 1u);
+        b.acknowledge(request{}); // nor does anybody wait for the page because of it
+        b.serve(1);
+        CHECK(waits.get() == 0x1001u);
+    }
+    SECTION("a message without a request that is none") {
+        REQUIRE(b.reach_running());
+        b.ask(make_request(request{}));
+        CHECK_THAT(b.why_it_ended(), contains("a request that this device knows"));
+    }
     SECTION("ADVISE while it runs: no descriptor, and all goes on") {
         REQUIRE(b.reach_running());
         CHECK(b.ask_and_wait(make_request(request::postcopy_advise)).descriptors.empty());
@@ -685,6 +708,95 @@ TEST_CASE("a VMM that dies leaves no thread behind, in whichever phase") {
     if (waits) CHECK_FALSE(waits->get());
     CHECK(b.backend().postcopy_phase() == phase::none);
     CHECK_FALSE(b.backend().access());
+}
+
+TEST_CASE("a connection that ends in postcopy leaves no page in the memory of a guest that lives on") {
+    if (!have_userfaultfd()) return;
+    bench b;
+    REQUIRE(b.reach_running());
+    auto reads = b.read_elsewhere(3);
+    CHECK(b.next_fault() == 3u);
+    auto writes = std::async(std::launch::async, [&] {
+        const auto access = b.backend().access();
+        std::memset(access->table().at_guest(bench::guest + 5 * page_size, page_size).data(), 1, page_size);
+        return access->intact();
+    });
+    CHECK(b.next_fault() == 5u);
+    SECTION("by the VMM") { CHECK(message_of(b.end()) == ""); }
+    SECTION("by a message that can't be meant") {
+        b.ask(make_message(request::set_features, std::uint8_t{0}));
+        CHECK_THAT(b.why_it_ended(), contains("SET_FEATURES"));
+    }
+    SECTION("by the device") {
+        b.ask(make_request(request::get_vring_base));
+        CHECK_THAT(b.why_it_ended(), contains("GET_VRING_BASE"));
+    }
+    CHECK_FALSE(reads.get());
+    CHECK_FALSE(writes.get());
+    CHECK_FALSE(b.has_pages());
+}
+
+TEST_CASE("a region that is abandoned is private from then on, and its file as it was") {
+    if (!have_userfaultfd()) return;
+    const bool is_huge = GENERATE(false, true);
+    const std::size_t size = is_huge ? std::size_t{2} << 20 : 4 * page_size;
+    std::optional<vmstate::tests::huge_pages> reserved;
+    if (is_huge && !reserved.emplace(1).enough()) return vmstate::tests::skip("no huge pages of 2 MiB to be had");
+    const unique_fd file(::memfd_create("guest", MFD_CLOEXEC | (is_huge ? MFD_HUGETLB : 0)));
+    REQUIRE(::ftruncate(file.get(), static_cast<off_t>(size)) == 0);
+    const auto faults = vmstate::userfault::open(vmstate::userfault_scope::user_only, vmstate::userfault_feature::missing_shmem
+        | vmstate::userfault_feature::missing_hugetlbfs);
+    REQUIRE(message_of(faults) == "");
+    auto region = mapped_region::map({0, size, 0, 0}, file);
+    REQUIRE(message_of(region) == "");
+    REQUIRE(message_of(region->watch(*faults)) == "");
+    std::thread waits([&] { region->memory()[0] = std::byte{1}; });
+    pollfd ready{faults->get(), POLLIN, 0};
+    CHECK(::poll(&ready, 1, -1) == 1);
+    region->abandon(*faults);
+    waits.join();
+    CHECK(region->memory()[0] == std::byte{1});
+    region->abandon(*faults); // harmless twice
+    struct stat status {};
+    CHECK(::fstat(file.get(), &status) == 0);
+    CHECK(status.st_blocks == 0);
+}
+
+TEST_CASE("a VMM that dies while the thread of the messages waits for one that waits for a page lets both go") {
+    if (!have_userfaultfd()) return;
+    bench b;
+    REQUIRE(b.reach_running());
+    auto waits = b.read_elsewhere(3);
+    CHECK(b.next_fault() == 3u);
+    b.on_other = [&] { waits.wait(); };
+    const request which = GENERATE(request::set_features, request::rem_mem_reg, request::set_mem_table, request::get_vring_base);
+    CAPTURE(name_of(which));
+    switch (which) {
+    case request::set_features: b.ask(make_message(which, std::uint64_t{0x30})); break;
+    case request::rem_mem_reg: b.ask(make_memory_region(which, b.region(0, 8))); break;
+    case request::set_mem_table: b.ask(b.table()); break;
+    default: b.ask(make_request(which)); // the device's
+    }
+    CHECK(waits.wait_for(20ms) == std::future_status::timeout);
+    const bool dies = GENERATE(false, true);
+    CAPTURE(dies);
+    if (dies) b.vmm().reset();
+    else REQUIRE(::shutdown(b.vmm().get(), SHUT_WR) == 0);
+    CHECK(b.why_it_ended() != "it hasn't");
+    CHECK_FALSE(b.has_pages());
+    b.serve(3); // where it hangs all the same
+    CHECK_FALSE(waits.get());
+}
+
+TEST_CASE("a device is told of memory that came, and not of memory that went") {
+    std::atomic<int> came = 0;
+    bench b(8, {.faults = vmstate::userfault_scope::user_only, .on_memory = [&] { ++came; }});
+    REQUIRE(b.succeeds(b.table()));
+    CHECK(came == 1);
+    REQUIRE(b.succeeds(make_memory_region(request::rem_mem_reg, b.region(0, 8))));
+    CHECK(came == 1);
+    REQUIRE(b.succeeds(make_memory_region(request::add_mem_reg, b.region(0, 8), twin(b.memory))));
+    CHECK(came == 2);
 }
 
 TEST_CASE("a VMM that dies within a message, or stops within one, ends the connection by name") {

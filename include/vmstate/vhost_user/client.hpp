@@ -3,7 +3,7 @@
 // The backend's half of vhost-user, as far as memory is concerned: features, the table of regions, the log of dirty pages,
 // and postcopy, in which the backend opens a userfaultfd, hands it to the VMM, and registers what it maps. The device, its
 // queues and its configuration stay the backend's own. Facts from QEMU's docs/interop/vhost-user.rst. Depends on
-// guest_memory.hpp, mapped_region.hpp, notice_resolver.hpp, postcopy/support.hpp and Linux.
+// guest_memory.hpp, mapped_region.hpp, notice_resolver.hpp, hangup_watch.hpp, postcopy/support.hpp and Linux.
 #pragma once
 
 #include <fcntl.h>
@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -28,6 +29,7 @@
 #include <vmstate/support/unique_fd.hpp>
 #include <vmstate/vhost_user/dirty_pages.hpp>
 #include <vmstate/vhost_user/guest_memory.hpp>
+#include <vmstate/vhost_user/hangup_watch.hpp>
 #include <vmstate/vhost_user/mapped_region.hpp>
 #include <vmstate/vhost_user/memory_table.hpp>
 #include <vmstate/vhost_user/message.hpp>
@@ -133,15 +135,13 @@ public:
         return ended;
     }
 
-    /// The VMM is gone: whoever waits for a page is let go (and finds `memory_access::intact()` false), and nothing is mapped
-    /// any more. Returns when no thread is in guest memory.
+    /// The connection is at its end: whoever waits for a page is let go (and finds `memory_access::intact()` false), and nothing
+    /// is mapped any more. Returns when no thread is in guest memory. The VMM may live on: in its memory this leaves no trace.
     void disconnect() noexcept {
-        if (faults_) {
-            memory_.set_intact(false);
-            for (const mapping& one : mappings_)
-                if (one.watched) (void)one.mapped.unwatch(*faults_);
-        }
+        watch_.stop();
+        if (faults_) let_go();
         memory_.change(false, [&](memory_table& table, dirty_pages& log) {
+            const std::lock_guard lock(mappings_mutex_);
             table.clear();
             log = {};
             mappings_.clear();
@@ -161,6 +161,14 @@ private:
         mapped_region mapped;
         bool watched = false;
     };
+
+    /// Ends every wait for a page, the pages that are still to come being lost to us. Between ADVISE and END.
+    void let_go() noexcept {
+        memory_.set_intact(false);
+        const std::lock_guard lock(mappings_mutex_);
+        for (const mapping& one : mappings_)
+            if (one.watched) one.mapped.abandon(*faults_);
+    }
 
     template <class Device>
     result<void> run_until_end(int socket, Device& device) {
@@ -187,6 +195,8 @@ private:
 
     result<handling> act(int socket, message& m) {
         if (m.is_reply()) return error(errc::bad_message, "a request", "a reply");
+        // A table in which nothing changed QEMU acknowledges all the same, and there no message came before it.
+        if (m.request == request{} && is_acknowledgement(m) && !m.payload.empty()) return acknowledged(socket, m);
         switch (m.request) {
         case request::get_features: return answer(socket, m, offered_features());
         case request::set_features: return set_features(m);
@@ -195,10 +205,10 @@ private:
         case request::set_backend_req_fd: return set_backend_requests(m);
         case request::set_log_base: return set_log(socket, m);
         case request::get_max_mem_slots: return answer(socket, m, std::uint64_t{options_.most_regions});
-        case request::set_mem_table: return awaits_acknowledgement() ? acknowledged(m) : set_table(socket, m);
+        case request::set_mem_table: return awaits_acknowledgement() ? acknowledged(socket, m) : set_table(socket, m);
         // The acknowledgement bears the request of the last message before it.
-        case request::add_mem_reg: return is_acknowledgement(m) ? acknowledged(m) : add_region(socket, m);
-        case request::rem_mem_reg: return is_acknowledgement(m) ? acknowledged(m) : remove_region(m);
+        case request::add_mem_reg: return is_acknowledgement(m) ? acknowledged(socket, m) : add_region(socket, m);
+        case request::rem_mem_reg: return is_acknowledgement(m) ? acknowledged(socket, m) : remove_region(m);
         case request::postcopy_advise: return advise(socket, m);
         case request::postcopy_listen: return listen(m);
         case request::postcopy_end: return end(socket, m);
@@ -302,7 +312,6 @@ private:
     /// What threads may look up: the regions that can be touched.
     void rebuild(memory_table& table) {
         table.clear();
-        memory_is_new_ = may_touch();
         for (const mapping& one : mappings_)
             if (!is_watching() || one.watched) (void)table.add(one.mapped.region(), one.mapped.memory());
     }
@@ -328,9 +337,11 @@ private:
         if (phase_ == phase::running) phase_ = phase::listen;
         // Those that go are no longer watched when they are unmapped.
         memory_.change(may_touch(), [&](memory_table& seen, dirty_pages&) {
+            const std::lock_guard lock(mappings_mutex_);
             mappings_ = std::move(mapped);
             rebuild(seen);
         });
+        memory_is_new_ = may_touch();
         if (!is_watching()) return handling::done;
         std::vector<memory_region> told = *regions;
         for (std::size_t i = 0; i < told.size() && !has_page_notices(); ++i)
@@ -350,9 +361,11 @@ private:
         result<mapping> one = map(*region, m.descriptors.front());
         if (!one) return one.error();
         memory_.change(may_touch(), [&](memory_table& seen, dirty_pages&) {
+            const std::lock_guard lock(mappings_mutex_);
             mappings_.push_back(std::move(*one));
             rebuild(seen);
         });
+        memory_is_new_ = !is_watching();
         if (!is_watching()) return handling::done;
         memory_region told = *region;
         told.user_address = mappings_.back().mapped.address();
@@ -372,6 +385,7 @@ private:
         const result<std::size_t> found = all.find(*region);
         if (!found) return found.error();
         memory_.change(may_touch(), [&](memory_table& seen, dirty_pages&) {
+            const std::lock_guard lock(mappings_mutex_);
             mappings_.erase(mappings_.begin() + static_cast<std::ptrdiff_t>(*found));
             rebuild(seen);
         });
@@ -432,47 +446,66 @@ private:
         return handling::done;
     }
     /// The VMM knows where the regions are and sees to their faults from now on.
-    result<handling> acknowledged(const message& m) {
+    result<handling> acknowledged(int socket, const message& m) {
         if (!m.payload.empty()) {
             const result<std::uint64_t> value = m.as<std::uint64_t>();
             if (!value) return value.error();
             if (*value != 0) return error(errc::bad_message, "an acknowledgement of the table", std::to_string(*value));
         }
+        if (phase_ == phase::running && !awaits_acknowledgement()) return handling::answered; // of nothing that is new
+        // From here on threads wait for pages, and we may have to wait for them where we don't read what the VMM says.
+        if (result<void> started = watch_.start(socket, [this] { let_go(); }); !started) return started.error();
         if (resolver_) {
             std::vector<notice_resolver::region> regions;
             for (const mapping& one : mappings_)
                 regions.push_back({one.mapped.memory(), static_cast<std::size_t>(one.mapped.page_size())});
             if (result<void> started = resolver_->start(std::move(regions)); !started) return started.error();
         }
+        if (result<void> watched = watch_mappings(); !watched) return watched.error();
+        phase_ = phase::running;
+        memory_.change(true, [&](memory_table& seen, dirty_pages&) { rebuild(seen); });
+        memory_is_new_ = true;
+        // Nothing answers it: the VMM waits for no more.
+        return handling::answered;
+    }
+    result<void> watch_mappings() {
+        const std::lock_guard lock(mappings_mutex_);
         for (mapping& one : mappings_) {
             if (one.watched) continue;
             const std::uint64_t mode = resolver_ ? notice_resolver::register_mode : UFFDIO_REGISTER_MODE_MISSING;
-            if (result<void> watched = one.mapped.watch(*faults_, mode); !watched) return watched.error();
+            if (result<void> watched = one.mapped.watch(*faults_, mode); !watched) return watched;
             one.watched = true;
         }
-        phase_ = phase::running;
-        memory_.change(true, [&](memory_table& seen, dirty_pages&) { rebuild(seen); });
-        // Nothing answers it: the VMM waits for no more.
-        return handling::answered;
+        return {};
+    }
+    result<void> unwatch_mappings() {
+        const std::lock_guard lock(mappings_mutex_);
+        for (mapping& one : mappings_)
+            if (std::exchange(one.watched, false))
+                if (result<void> ended = one.mapped.unwatch(*faults_); !ended) return ended;
+        return {};
     }
     result<handling> end(int socket, const message& m) {
         if (result<void> fits = m.no_payload(); !fits) return fits.error();
         if (phase_ == phase::none) return wrong_phase("phase advise, listen or running");
         if (awaits_acknowledgement()) return wrong_phase("an acknowledgement of the table before POSTCOPY_END");
-        for (mapping& one : mappings_)
-            if (std::exchange(one.watched, false))
-                if (result<void> ended = one.mapped.unwatch(*faults_); !ended) return ended.error();
+        watch_.stop();
+        if (result<void> ended = unwatch_mappings(); !ended) return ended.error();
         resolver_.reset();
         faults_.reset();
         phase_ = phase::none;
         memory_.change(true, [&](memory_table& seen, dirty_pages&) { rebuild(seen); });
+        memory_is_new_ = true;
         return answer(socket, m, std::uint64_t{0});
     }
 
     const client_options options_;
     guest_memory memory_;
     bool memory_is_new_ = false;
-    std::vector<mapping> mappings_;     // all of them, the table's and those that wait for an acknowledgement
+    // Changes on the thread of the messages alone, which needs the mutex only for that.
+    std::mutex mappings_mutex_;     // guards this against let_go
+    std::vector<mapping> mappings_; // all of them, the table's and those that wait for an acknowledgement
+    hangup_watch watch_;            // while memory is watched
     std::optional<userfault> faults_;
     std::optional<notice_resolver> resolver_; // with page notices, from ADVISE on
     unique_fd backend_requests_;

@@ -31,8 +31,9 @@ public:
     inline const memory_table& table() const noexcept;
     /// Has to follow each write to guest memory, before the guest is told of it. Costs a comparison where nobody logs.
     inline void mark_dirty(std::uint64_t guest_address, std::uint64_t size) const noexcept;
-    /// False when the VMM is gone, and with it pages that had not come yet: what was read here may be zeros that the guest
-    /// never wrote. To be asked after reading and before doing anything with what was read.
+    /// False when the connection to the VMM is gone, and with it pages that had not come yet: what was read here may be zeros
+    /// that the guest never wrote, and what was written is lost. To be asked after reading and before doing anything with
+    /// what was read, and before anything that was written is taken for done.
     inline bool intact() const noexcept;
 
 private:
@@ -48,11 +49,11 @@ public:
     guest_memory(const guest_memory&) = delete;
     guest_memory& operator=(const guest_memory&) = delete;
 
-    /// Nothing where no guest memory may be touched now. Waits for a change under way.
+    /// Nothing where no guest memory may be touched now, or it isn't intact any more. Waits for a change under way.
     std::optional<memory_access> access() {
         std::unique_lock lock(users_mutex_);
         no_change_.wait(lock, [&] { return !changing_; });
-        if (!open_) return std::nullopt;
+        if (!open_ || broken_.load() != 0) return std::nullopt;
         ++users_;
         return memory_access(*this);
     }

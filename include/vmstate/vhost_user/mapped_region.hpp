@@ -91,8 +91,17 @@ public:
             return std::move(added.error().within(memory_table::describe(region_)));
         return open_up();
     }
-    /// The reverse; who waits goes on, with zeros where no page has come.
+    /// The reverse, when every page has come. Whoever waits for one all the same goes on, and makes a page of zeros in the
+    /// file, which everybody else then takes for the guest's.
     result<void> unwatch(const userfault& faults) const { return faults.remove({mapping_, length_}); }
+    /// When pages are still missing, and nobody will bring them to us: puts private memory in the file's place, and lets who
+    /// waits go on there. What they read is nothing, what they write is lost, and the file stays as it is.
+    void abandon(const userfault& faults) const noexcept {
+        // Not unregistered before: who is woken by that would make a page in the file.
+        if (::mmap(mapping_, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+            (void)::mprotect(mapping_, length_, PROT_NONE); // no memory for it: better this process than the guest
+        (void)faults.wake({mapping_, length_});
+    }
 
 private:
     mapped_region(const memory_region& region, std::byte* mapping, std::size_t length, std::uint64_t head, std::uint64_t page)
