@@ -33,6 +33,8 @@ struct backend_script {
     backend_act act = backend_act::right;
     /// Changes the table that is answered.
     std::function<void(std::vector<vhost_user::memory_region>&)> answer = {};
+    /// What its device does with a message, before it answers as if it had done it.
+    std::function<void(vhost_user::request)> device = {};
     std::uint64_t offers = vhost_user::protocol_feature::pagefault | vhost_user::protocol_feature::reply_ack;
 };
 
@@ -53,15 +55,18 @@ public:
     void stop() {
         ::shutdown(socket_.get(), SHUT_RDWR);
         if (thread_.joinable()) thread_.join();
-        // Who waits in its memory goes on.
-        if (fault_)
-            for (const std::span<std::byte> one : regions_) static_cast<void>(fault_->remove(one));
         fault_.reset();
     }
     /// Until the front end closes the connection.
     void serve() {
         while (step()) {
         }
+        // Who waits in its memory goes on, and elsewhere: the guest may live on without this backend.
+        for (const std::span<std::byte> one : regions_)
+            if (!ended_) {
+                static_cast<void>(::mmap(one.data(), one.size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0));
+                static_cast<void>(fault_->wake(one));
+            }
         state_ = gone;
         state_.notify_all();
     }
@@ -104,7 +109,9 @@ private:
             for (const std::span<std::byte> one : regions_) static_cast<void>(fault_->remove(one));
             ended_ = true;
             return answer(m.request, 0);
-        default: return !m.needs_reply() || answer(m.request, 0);
+        default:
+            if (script_.device) script_.device(m.request);
+            return !m.needs_reply() || answer(m.request, 0);
         }
     }
     bool advise(bool acts) {

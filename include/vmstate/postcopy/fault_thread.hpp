@@ -8,6 +8,7 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -214,7 +215,7 @@ private:
     static result<void> read_faults(int fd, Found found) {
         std::array<uffd_msg, 64> messages;
         for (;;) {
-            const ssize_t got = ::read(fd, messages.data(), sizeof messages);
+            const ssize_t got = read_without_waiting(fd, messages.data(), sizeof messages);
             if (got < 0) {
                 if (errno == EINTR) continue;
                 if (errno == EAGAIN) return {};
@@ -227,6 +228,14 @@ private:
                     found(messages[i].arg.pagefault.address, messages[i].arg.pagefault.feat.ptid, now);
             if (count < messages.size()) return {};
         }
+    }
+
+    /// O_NONBLOCK belongs to what both processes have open: the other one may take it away, and what there was to read, too.
+    /// Before Linux 6.10 a userfaultfd knows nothing else.
+    static ssize_t read_without_waiting(int fd, void* into, std::size_t size) {
+        const iovec part{into, size};
+        const ssize_t got = ::preadv2(fd, &part, 1, -1, RWF_NOWAIT);
+        return got < 0 && errno == EOPNOTSUPP ? ::read(fd, into, size) : got;
     }
 
     void serve_fault(const ram_address& where, std::uint32_t thread_id, clock::time_point now) {

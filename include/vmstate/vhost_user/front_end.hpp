@@ -5,6 +5,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <atomic>
@@ -27,7 +28,7 @@ namespace vmstate::vhost_user {
 class front_end {
 public:
     /// A connected unix stream socket. `name` is the backend's, for errors and statistics; `patience` is the longest that it
-    /// may take for an answer (0: as long as it takes).
+    /// may take for an answer (0: as long as it takes), except while it may wait for pages (`set_waits_for_pages`).
     explicit front_end(unique_fd socket, std::string name, std::chrono::milliseconds patience = std::chrono::seconds(10))
         : socket_(std::move(socket)), name_(std::move(name)), patience_(patience) {}
     front_end(const front_end&) = delete;
@@ -91,6 +92,11 @@ public:
     bool has(std::uint64_t protocol_features) const noexcept {
         return (this->protocol_features() & protocol_features) == protocol_features;
     }
+
+    /// While this is set, an answer has time until the connection ends: there is nothing wrong with a backend that waits for a
+    /// page, and a page may take until the migration has been recovered. `postcopy_clients` sets it from LISTEN to END. An
+    /// answer that is being waited for when it ends has `patience` from there on.
+    void set_waits_for_pages(bool waits) noexcept { waits_for_pages_.store(waits); }
 
     /// A request that has an answer.
     result<message> ask(const message& what) {
@@ -158,10 +164,16 @@ public:
 
 private:
     result<void> send_locked(const message& what) {
-        if (result<void> sent = send_message(socket_.get(), what, patience_); !sent) return failed(what.request, sent.error());
+        const std::chrono::milliseconds most = waits_for_pages_.load() ? std::chrono::milliseconds(0) : patience_;
+        if (result<void> sent = send_message(socket_.get(), what, most); !sent) return failed(what.request, sent.error());
         return {};
     }
     result<message> receive_locked(request what) {
+        // Until it begins. Short waits, as nothing here is told when the time is limited again.
+        while (waits_for_pages_.load()) {
+            pollfd ready{socket_.get(), POLLIN, 0};
+            if (::poll(&ready, 1, 50) > 0) break;
+        }
         result<std::optional<message>> got = receive_message(socket_.get(), patience_);
         if (!got) return failed(what, got.error());
         if (!*got) return failed(what, error(errc::io, "an answer", "the end of the connection"));
@@ -182,6 +194,7 @@ private:
     std::atomic<std::uint64_t> protocol_features_ = 0;
     std::atomic<std::uint64_t> offered_features_ = 0;
     std::atomic<std::uint64_t> features_ = 0;
+    std::atomic<bool> waits_for_pages_ = false;
     std::mutex socket_mutex_; ///< the socket, from a request to its answer
 };
 

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -124,9 +125,10 @@ public:
         : notices_(std::move(notices)), regions_(std::move(regions)) {}
 
     int descriptor() const noexcept override { return notices_.get(); }
-    /// Reads what there is, and says where it lies.
+    /// Reads what there is, up to as many as it may miss, and says where it lies.
     result<void> read(const fault_thread::found_function& found) {
-        for (;;) {
+        // Others are served between two rounds, however much one of them has to say.
+        for (std::size_t round = 0; round != max_missed_pages; ++round) {
             const result<std::optional<page_notice>> notice = receive_notice(notices_.get());
             if (!notice) return notice.error();
             if (!*notice) return {};
@@ -138,13 +140,16 @@ public:
             {
                 // Before anybody looks whether the page has come: either it is seen there, or `wake` sees this.
                 const std::lock_guard lock(missed_mutex_);
-                if (!missed_.insert(page).second) continue;
+                if (!missed_.insert(page).second)
+                    return error(errc::bad_message, "a notice of a page that isn't missed already",
+                        "region " + std::to_string(page.region) + ", offset " + std::to_string(page.offset));
                 if (missed_.size() > max_missed_pages)
                     return error(errc::bad_message, "at most " + std::to_string(max_missed_pages) + " pages missed at one time", "more");
             }
             const client_region& region = regions_[page.region];
             found({region.block, region.offset + page.offset});
         }
+        return {};
     }
     result<void> wake(const ram_block& block, std::uint64_t offset, std::uint64_t) const override {
         result<void> done;
@@ -215,8 +220,8 @@ public:
         clients_.push_back(one);
         return one->number;
     }
-    /// It leaves: it is told of postcopy's end where it still listens, so that its threads go on (it should use no guest
-    /// memory by then), and its descriptors are closed. Harmless for one that is gone.
+    /// It leaves, and its descriptors are closed. Where it listens its connection is ended, too: POSTCOPY_END would tell it that
+    /// every page is there, and it would make pages of zeros of those that aren't. Harmless for one that is gone.
     void remove(unsigned number) {
         const std::lock_guard lock(phase_mutex_);
         const auto found = std::find_if(
@@ -224,7 +229,13 @@ public:
         if (found == clients_.end()) return;
         const std::shared_ptr<client> one = *found;
         clients_.erase(found);
-        say_end({&one, 1});
+        if (one->phase == client_phase::listening) {
+            one->is_leaving = true;
+            one->connection->shutdown();
+            stop_serving(*one);
+        } else {
+            say_end({&one, 1});
+        }
     }
     /// Of those that were added and not removed.
     std::vector<client_status> status() const {
@@ -288,6 +299,8 @@ private:
         std::shared_ptr<const detail::client_memory> memory; ///< from LISTEN on
         std::optional<unsigned> served;                      ///< its number at the fault thread
 
+        std::atomic<bool> is_leaving = false; ///< that it ends what it has for its faults is no failure
+
         std::mutex failure_mutex; ///< below: the fault thread writes it
         std::optional<error> failure;
         bool is_over = false;
@@ -326,10 +339,16 @@ private:
         if (result<void> done = to.check_acknowledgement(*heard); !done) return done;
         result<std::vector<detail::client_region>> regions = send_table(to);
         if (!regions) return regions.error();
+        one->is_leaving = false;
         fault_thread::client faults;
         faults.fd = one->fault.get();
         faults.name = to.name();
-        faults.failed = [this, one](const error& why, bool is_over) { note(*one, why, is_over); };
+        faults.failed = [this, one](const error& why, bool is_over) {
+            if (is_over && one->is_leaving) return;
+            // Nobody serves its faults: it must not wait for that.
+            if (is_over) one->connection->shutdown();
+            note(*one, why, is_over);
+        };
         faults.connection = to.native_handle();
         if (to.has(protocol_feature::page_notices)) {
             const auto memory = std::make_shared<detail::noticed_memory>(std::move(one->fault), std::move(*regions));
@@ -351,6 +370,7 @@ private:
         if (!served) return served.error();
         one->served = *served;
         one->phase = client_phase::listening;
+        to.set_waits_for_pages(true);
         // It registers its mappings when this has come: what it touches from then on is seen here. QEMU's has a value.
         return to.send(make_message(request::set_mem_table, std::uint64_t{0}));
     }
@@ -417,6 +437,7 @@ private:
     void stop_serving(client& one) {
         if (one.served && faults_ != nullptr) faults_->remove(*one.served);
         one.served.reset();
+        one.connection->set_waits_for_pages(false);
         if (one.memory) {
             const std::lock_guard lock(mapped_mutex_);
             std::erase(mapped_, one.memory);
@@ -424,12 +445,14 @@ private:
         one.memory.reset();
         one.fault.reset();
     }
-    /// POSTCOPY_END, to all of them first, so that they see to it at the same time.
+    /// POSTCOPY_END, to all of them first, so that they see to it at the same time. Those that listen are served until they
+    /// have answered: one that still waits for a page, and for which its own thread of the messages waits, needs that.
     void say_end(std::span<const std::shared_ptr<client>> leaving) {
         std::vector<std::pair<client*, front_end::pending_answer>> asked;
         for (const std::shared_ptr<client>& one : leaving) {
-            // What it still waits for it gets by this; and that it goes now is no failure.
-            stop_serving(*one);
+            // That it goes now is no failure, nor that it closes its end of what its faults come by.
+            one->is_leaving = true;
+            one->connection->set_waits_for_pages(false);
             if (one->phase != client_phase::advised && one->phase != client_phase::listening) continue;
             result<front_end::pending_answer> answer =
                 one->connection->start(make_request(request::postcopy_end, message_flag::need_reply));
@@ -441,8 +464,10 @@ private:
             const result<void> done = heard ? one->connection->check_acknowledgement(*heard) : result<void>(heard.error());
             if (!done && !is_over(*one)) note(*one, done.error(), true);
         }
-        for (const std::shared_ptr<client>& one : leaving)
+        for (const std::shared_ptr<client>& one : leaving) {
+            stop_serving(*one);
             if (one->phase != client_phase::connected) one->phase = client_phase::ended;
+        }
     }
 
     static bool is_over(client& one) {
