@@ -70,6 +70,10 @@ result<handling> device::handle(int socket, message& m) {
         return handling::answered;
     }
     case request::get_config: return get_config(socket, m);
+    case request::set_config:
+        // It is the guest that writes there, and nothing can be written: no reason for its disk to end.
+        if (result<void> refused = client_.acknowledge(socket, m, false); !refused) return refused.error();
+        return handling::answered;
     case request::set_vring_kick:
     case request::set_vring_call:
     case request::set_vring_err: return set_file(m);

@@ -42,17 +42,17 @@ virtqueue::virtqueue(vmstate::vhost_user::client& client, file_disk& disk)
 bool virtqueue::set_size(std::uint32_t size) {
     const std::lock_guard lock(ring_mutex_);
     if (!std::has_single_bit(size) || size > most_entries) return false;
-    size_ = size;
+    ring_.size = size;
     return true;
 }
 void virtqueue::set_addresses(const vring_addresses& addresses) {
     const std::lock_guard lock(ring_mutex_);
-    addresses_ = addresses;
+    ring_.addresses = addresses;
 }
 void virtqueue::set_base(std::uint16_t base) {
     const std::lock_guard lock(ring_mutex_);
-    next_ = base;
-    broken_ = false;
+    ring_.next = base;
+    ring_.broken = false;
 }
 void virtqueue::set_call(vmstate::unique_fd call) {
     const std::lock_guard lock(ring_mutex_);
@@ -64,7 +64,7 @@ void virtqueue::set_error(vmstate::unique_fd error) {
 }
 void virtqueue::set_enabled(bool enabled) {
     const std::lock_guard lock(ring_mutex_);
-    enabled_ = enabled;
+    ring_.enabled = enabled;
     wake(); // requests may be there already
 }
 void virtqueue::wake() const { notify(wake_); }
@@ -83,10 +83,10 @@ std::uint16_t virtqueue::stop() {
     }
     kick_.reset();
     const std::lock_guard lock(ring_mutex_);
-    return next_;
+    return ring_.next;
 }
 
-/// The queue's thread. It takes `ring_mutex_` for each request, and owns nothing but `kick_` until it is joined.
+/// The queue's thread. It takes `ring_mutex_` before and after each request, and owns nothing but `kick_` until it is joined.
 void virtqueue::work(std::stop_token stopping) {
     notify(wake_); // requests may be there from before
     while (!stopping.stop_requested()) {
@@ -104,60 +104,75 @@ void virtqueue::work(std::stop_token stopping) {
 void virtqueue::work_off(const std::stop_token& stopping) {
     bool interrupt = false;
     while (!stopping.stop_requested()) {
+        ring now;
+        {
+            const std::lock_guard lock(ring_mutex_);
+            now = ring_;
+        }
+        const step last = work_off_one(now);
         const std::lock_guard lock(ring_mutex_);
-        const step last = work_off_one();
-        if (last == step::broken) notify(error_);
+        if (last == step::broken) {
+            ring_.broken = true;
+            notify(error_);
+        }
         if (last != step::done) break;
+        ring_.next = static_cast<std::uint16_t>(now.next + 1);
         interrupt = true;
+        // The next one may wait for a page, and who waits for this one shouldn't.
+        if (client_.postcopy_phase() == vmstate::vhost_user::phase::running && std::exchange(interrupt, false)) notify(call_);
     }
     const std::lock_guard lock(ring_mutex_);
     // Whether it wants to be interrupted, the guest says in its ring; an interrupt too many does no harm.
     if (interrupt) notify(call_);
 }
 
-virtqueue::step virtqueue::work_off_one() {
-    if (!enabled_ || broken_ || size_ == 0) return step::nothing_there;
+virtqueue::step virtqueue::work_off_one(const ring& now) {
+    if (!now.enabled || now.broken || now.size == 0) return step::nothing_there;
     // One access per request: between two, the table of memory may change.
     const std::optional<memory_access> memory = client_.access();
     if (!memory) return step::no_memory;
-    const auto table = memory->table().at_user(addresses_.descriptors, size_ * sizeof(descriptor));
-    const auto available = memory->table().at_user(addresses_.available, ring_head + size_ * sizeof(std::uint16_t));
-    const auto used = memory->table().at_user(addresses_.used, ring_head + size_ * used_entry_size);
-    if (table.size() != size_ * sizeof(descriptor) || available.size() != ring_head + size_ * sizeof(std::uint16_t)
-        || used.size() != ring_head + size_ * used_entry_size)
-        return break_down("rings outside guest memory");
-    if (addresses_.descriptors % 16 != 0 || addresses_.available % 2 != 0 || addresses_.used % 4 != 0)
-        return break_down("rings that aren't aligned");
+    const auto table = memory->table().at_user(now.addresses.descriptors, now.size * sizeof(descriptor));
+    const auto available = memory->table().at_user(now.addresses.available, ring_head + now.size * sizeof(std::uint16_t));
+    const auto used = memory->table().at_user(now.addresses.used, ring_head + now.size * used_entry_size);
+    // The table is the VMM's, and a region of it may come back: then we are woken.
+    if (table.size() != now.size * sizeof(descriptor) || available.size() != ring_head + now.size * sizeof(std::uint16_t)
+        || used.size() != ring_head + now.size * used_entry_size)
+        return step::no_memory;
 
-    const std::uint16_t end = load(available, 2);
-    if (end == next_) return step::nothing_there;
-    if (static_cast<std::uint16_t>(end - next_) > size_) return break_down("more requests than the ring holds");
-    const std::uint16_t head = load(available, ring_head + next_ % size_ * sizeof(std::uint16_t));
-
-    request_buffers buffers;
-    complaint why = find_buffers(*memory, table, head, buffers);
-    const std::optional<std::uint32_t> written = why ? std::nullopt : disk_.execute(*memory, buffers, why);
-    if (!written) return break_down(why);
-    // Nobody is there any more to be told.
+    complaint why = nullptr;
+    std::uint16_t head = 0;
+    std::optional<std::uint32_t> written;
+    if (now.addresses.descriptors % 16 != 0 || now.addresses.available % 2 != 0 || now.addresses.used % 4 != 0) {
+        why = "rings that aren't aligned";
+    } else if (const std::uint16_t end = load(available, 2); end == now.next) {
+        return step::nothing_there;
+    } else if (static_cast<std::uint16_t>(end - now.next) > now.size) {
+        why = "more requests than the ring holds";
+    } else {
+        head = load(available, ring_head + now.next % now.size * sizeof(std::uint16_t));
+        request_buffers buffers;
+        why = find_buffers(*memory, table, head, buffers);
+        if (!why) written = disk_.execute(*memory, buffers, why);
+    }
+    // What was read may be nothing of the guest's, and nobody is there any more to be told.
     if (!memory->intact()) return step::no_memory;
+    if (!written) {
+        std::fprintf(stderr, "vhost_user_disk: a queue stands still: %s\n", why);
+        return step::broken;
+    }
 
     // Requests are done in their order, one at a time: as many are used as were taken.
-    const std::uint64_t entry = ring_head + next_ % size_ * used_entry_size;
+    const auto next = static_cast<std::uint16_t>(now.next + 1);
+    const std::uint64_t entry = ring_head + now.next % now.size * used_entry_size;
     const std::uint32_t words[] = {head, *written};
     std::memcpy(used.data() + entry, words, sizeof words);
-    ++next_;
-    std::atomic_ref(reinterpret_cast<std::uint16_t&>(used[2])).store(next_, std::memory_order_release);
-    if ((addresses_.flags & log_used_ring) != 0) {
-        memory->mark_dirty(addresses_.log + entry, used_entry_size);
-        memory->mark_dirty(addresses_.log + 2, sizeof(std::uint16_t));
+    std::atomic_ref(reinterpret_cast<std::uint16_t&>(used[2])).store(next, std::memory_order_release);
+    if ((now.addresses.flags & log_used_ring) != 0) {
+        memory->mark_dirty(now.addresses.log + entry, used_entry_size);
+        memory->mark_dirty(now.addresses.log + 2, sizeof(std::uint16_t));
     }
-    return step::done;
-}
-
-virtqueue::step virtqueue::break_down(complaint why) {
-    std::fprintf(stderr, "vhost_user_disk: a queue stands still: %s\n", why);
-    broken_ = true;
-    return step::broken;
+    // These writes may have waited as well, and gone nowhere.
+    return memory->intact() ? step::done : step::no_memory;
 }
 
 } // namespace disk

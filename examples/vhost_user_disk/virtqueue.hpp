@@ -48,25 +48,31 @@ public:
 
     /// Begins to work, whenever `kick` can be read.
     void start(vmstate::unique_fd kick);
-    /// Returns when the request under way, if any, is done: with the index of the first that wasn't begun.
+    /// Returns when the request under way, if any, is done, or its page is known never to come: with the index of the first
+    /// that wasn't done.
     std::uint16_t stop();
 
 private:
+    /// What the VMM has set.
+    struct ring {
+        std::uint32_t size = 0;
+        vring_addresses addresses{};
+        std::uint16_t next = 0; ///< the request that is worked on next
+        bool enabled = false;
+        bool broken = false; ///< by what the guest wrote
+    };
+
     void work(std::stop_token stopping);
     void work_off(const std::stop_token& stopping);
     enum class step { done, nothing_there, no_memory, broken };
-    step work_off_one();
-    step break_down(complaint why);
+    step work_off_one(const ring& now);
 
     vmstate::vhost_user::client& client_;
     file_disk& disk_;
 
-    std::mutex ring_mutex_; // guards all of these; held while a request is worked on
-    std::uint32_t size_ = 0;
-    vring_addresses addresses_{};
-    std::uint16_t next_ = 0;
-    bool enabled_ = false;
-    bool broken_ = false;
+    // Never held while guest memory is touched: the thread of the messages would wait for a page.
+    std::mutex ring_mutex_; // guards these
+    ring ring_;
     vmstate::unique_fd call_;
     vmstate::unique_fd error_;
 

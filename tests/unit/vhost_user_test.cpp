@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: BSL-1.0
 // The backend's half of vhost-user against a peer made by hand, over a socket pair: messages and tables that can't be meant,
-// the phases of postcopy in and out of order, threads that wait for pages, and a peer that dies in each phase.
+// the phases of postcopy in and out of order, threads that wait for pages, and a peer that dies in each phase. Then the disk
+// of examples/ in the same way, with a guest that can't be meant either.
 #include <support/catch.hpp>
 #include <support/huge_pages.hpp>
 #include <support/outcome.hpp>
 
 #include <vmstate/vhost_user/client.hpp>
 
+#include <device.hpp> // of examples/vhost_user_disk
+
 #include <fcntl.h>
+#include <linux/virtio_blk.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -808,4 +812,331 @@ TEST_CASE("a VMM that dies within a message, or stops within one, ends the conne
         CHECK_THAT(b.why_it_ended(), contains("SET_FEATURES with a payload of 8 bytes, found 3"));
     }
     SECTION("stops") { CHECK_THAT(b.why_it_ended(), contains("expected a message, found nothing for 50 ms")); }
+}
+
+// ---- the disk of examples/
+
+namespace {
+
+/// A VMM with one queue of 8, whose rings are the first three pages of its guest's memory, and a disk of 8 sectors that have
+/// their number in every byte.
+class disk_bench {
+public:
+    static constexpr std::size_t pages = 16;
+    static constexpr std::uint64_t guest = 1 << 20;
+    static constexpr std::uint64_t user = std::uint64_t{1} << 40;
+    static constexpr std::uint32_t queue_size = 8;
+
+    explicit disk_bench(bool in_postcopy = false) : memory(make_memory(pages * page_size)), file(make_memory(8 * 512)) {
+        void* const at = ::mmap(nullptr, pages * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, memory.get(), 0);
+        if (at == MAP_FAILED) throw std::runtime_error("mmap");
+        bytes_ = static_cast<std::byte*>(at);
+        std::memset(bytes_, 0, 3 * page_size);
+        for (int sector = 0; sector != 8; ++sector) {
+            const std::vector<char> content(512, static_cast<char>(sector));
+            if (::pwrite(file.get(), content.data(), 512, 512 * sector) != 512) throw std::runtime_error("pwrite");
+        }
+        device_.emplace(disk::file_disk::open("/proc/self/fd/" + std::to_string(file.get()), false, 1).value(), std::uint16_t{1}, true);
+        runs_ = std::async(std::launch::async, [this] { return device_->serve(sockets_.backend.get()); });
+        send(make_message(request::set_protocol_features, protocol_feature::reply_ack | protocol_feature::pagefault | protocol_feature::config
+                | protocol_feature::configure_mem_slots));
+        features = ask(make_request(request::get_features)).as<std::uint64_t>().value();
+        if (in_postcopy) {
+            faults = std::move(ask(make_request(request::postcopy_advise)).descriptors.at(0));
+            tell(make_request(request::postcopy_listen));
+            at_backend = memory_region_of(ask(make_memory_region(request::add_mem_reg, region(), twin(memory)))).value().user_address;
+            send(make_message(request::add_mem_reg, std::uint64_t{0}));
+        } else {
+            tell(make_memory_region(request::add_mem_reg, region(), twin(memory)));
+        }
+        tell(make_message(request::set_features, features & ~feature::log_all));
+    }
+    ~disk_bench() {
+        static_cast<void>(end());
+        ::munmap(bytes_, pages * page_size);
+    }
+    disk_bench(const disk_bench&) = delete;
+    disk_bench& operator=(const disk_bench&) = delete;
+
+    memory_region region() const { return {guest, pages * page_size, user, 0}; }
+    void start_queue(std::uint32_t flags = 0) {
+        struct state {
+            std::uint32_t index, number;
+        };
+        tell(make_message(request::set_vring_num, state{0, queue_size}));
+        tell(make_message(request::set_vring_base, state{0, 0}));
+        tell(make_message(request::set_vring_addr, disk::vring_addresses{0, flags, user, user + 2 * page_size, user + page_size, guest + 2 * page_size}));
+        const auto give = [&](request which, const unique_fd& event) {
+            message m = make_message(which, std::uint64_t{0});
+            m.descriptors.push_back(twin(event));
+            tell(std::move(m));
+        };
+        give(request::set_vring_call, call);
+        give(request::set_vring_err, err);
+        give(request::set_vring_kick, kick);
+        tell(make_message(request::set_vring_enable, state{0, 1}));
+    }
+
+    void send(const message& m) {
+        if (result<void> sent = send_message(sockets_.vmm.get(), m, patience); !sent) throw std::runtime_error(sent.error().message());
+    }
+    message ask(const message& m) {
+        send(m);
+        result<std::optional<message>> got = receive_message(sockets_.vmm.get(), patience);
+        if (!got || !*got) throw std::runtime_error("no answer to " + name_of(m.request));
+        return std::move(**got);
+    }
+    std::uint64_t acknowledgement_of(message m) {
+        m.flags |= message_flag::need_reply;
+        return ask(m).as<std::uint64_t>().value();
+    }
+    void tell(message m) {
+        if (const std::string name = name_of(m.request); acknowledgement_of(std::move(m)) != 0) throw std::runtime_error(name);
+    }
+
+    std::byte* at(std::uint64_t offset) const { return bytes_ + offset; }
+    void describe(std::size_t index, const disk::descriptor& one) const { std::memcpy(at(index * sizeof one), &one, sizeof one); }
+    /// A request's header in guest memory.
+    void put_header(std::uint64_t offset, std::uint32_t type, std::uint64_t sector) const {
+        const virtio_blk_outhdr header{type, 0, sector};
+        std::memcpy(at(offset), &header, sizeof header);
+    }
+    /// Makes the chains that begin with these descriptors available.
+    void submit(std::initializer_list<std::uint16_t> heads) {
+        for (const std::uint16_t head : heads) std::memcpy(at(page_size + 4 + 2 * (submitted_++ % queue_size)), &head, sizeof head);
+        std::memcpy(at(page_size + 2), &submitted_, sizeof submitted_);
+        raise(kick);
+    }
+    std::uint16_t used() const { return std::atomic_ref(reinterpret_cast<std::uint16_t&>(*at(2 * page_size + 2))).load(); }
+    static void raise(const unique_fd& event) { static_cast<void>(::eventfd_write(event.get(), 1)); }
+    /// Whether it is raised, now or before long.
+    static bool wait(const unique_fd& event, std::chrono::milliseconds longest = patience) {
+        pollfd ready{event.get(), POLLIN, 0};
+        eventfd_t count = 0;
+        return ::poll(&ready, 1, static_cast<int>(longest.count())) == 1 && ::eventfd_read(event.get(), &count) == 0;
+    }
+    /// Reads: the header in page 3, `size` bytes to `into`, the status in page 7.
+    void read_sectors(std::uint64_t into, std::uint32_t size, std::uint64_t sector = 1) {
+        put_header(3 * page_size, VIRTIO_BLK_T_IN, sector);
+        *at(7 * page_size) = std::byte{0xff};
+        describe(0, {guest + 3 * page_size, 16, disk::descriptor_next, 1});
+        describe(1, {into, size, disk::descriptor_next | disk::descriptor_write, 2});
+        describe(2, {guest + 7 * page_size, 1, disk::descriptor_write, 0});
+        submit({0});
+    }
+    int status() const { return std::to_integer<int>(*at(7 * page_size)); }
+    /// The page in which the queue waits.
+    std::optional<std::size_t> next_fault() const {
+        pollfd ready{faults.get(), POLLIN, 0};
+        uffd_msg event{};
+        if (::poll(&ready, 1, static_cast<int>(patience / 1ms)) != 1 || ::read(faults.get(), &event, sizeof event) != sizeof event) return std::nullopt;
+        return (event.arg.pagefault.address - at_backend) / page_size;
+    }
+    void wake(std::size_t page) const {
+        uffdio_range range{at_backend + page * page_size, page_size};
+        (void)::ioctl(faults.get(), UFFDIO_WAKE, &range);
+    }
+    bool has_page(std::size_t page) const {
+        const auto where = static_cast<off_t>(page * page_size);
+        return ::lseek(memory.get(), where, SEEK_DATA) == where;
+    }
+    /// The VMM hangs up, where it hasn't. False where the disk goes on all the same.
+    bool end() {
+        (void)::shutdown(sockets_.vmm.get(), SHUT_RDWR);
+        return runs_.wait_for(patience) == std::future_status::ready;
+    }
+
+    unique_fd memory, file;
+    unique_fd kick{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)}, call{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)},
+        err{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    unique_fd faults;
+    std::uint64_t at_backend = 0; // where the disk has the memory
+    std::uint64_t features = 0;
+
+private:
+    socket_pair sockets_;
+    std::byte* bytes_ = nullptr;
+    std::uint16_t submitted_ = 0;
+    std::optional<disk::device> device_;
+    std::future<result<void>> runs_; // waited for before the device goes
+};
+
+} // namespace
+
+TEST_CASE("a disk logs the pages of buffer, status and used ring, and no others") {
+    disk_bench b;
+    const unique_fd log = make_memory(page_size);
+    struct description {
+        std::uint64_t size, offset;
+    };
+    message m = make_message(request::set_log_base, description{page_size, 0});
+    m.descriptors.push_back(twin(log));
+    CHECK(b.ask(m).as<std::uint64_t>().value() == 0);
+    b.tell(make_message(request::set_features, b.features));
+    b.start_queue(1); // VHOST_VRING_F_LOG
+    b.read_sectors(disk_bench::guest + 5 * page_size - 512, 1024, 2);
+    REQUIRE(disk_bench::wait(b.call));
+    CHECK(b.used() == 1);
+    CHECK(b.status() == VIRTIO_BLK_S_OK);
+    CHECK(*b.at(5 * page_size - 1) == std::byte{2});
+    CHECK(*b.at(5 * page_size) == std::byte{3});
+    std::array<unsigned char, page_size> bits{};
+    REQUIRE(::pread(log.get(), bits.data(), bits.size(), 0) == page_size);
+    std::vector<std::size_t> dirty;
+    for (std::size_t i = 0; i != bits.size() * 8; ++i)
+        if ((bits[i / 8] >> i % 8 & 1) != 0) dirty.push_back(i - disk_bench::guest / page_size);
+    CHECK(dirty == std::vector<std::size_t>{2, 4, 5, 7});
+}
+
+TEST_CASE("a disk's queue stands while its memory is away, and goes on when it is back") {
+    disk_bench b;
+    b.start_queue();
+    b.tell(make_memory_region(request::rem_mem_reg, b.region()));
+    b.read_sectors(disk_bench::guest + 4 * page_size, 512);
+    CHECK_FALSE(disk_bench::wait(b.err, 20ms));
+    CHECK(b.used() == 0);
+    b.tell(make_memory_region(request::add_mem_reg, b.region(), twin(b.memory)));
+    CHECK(disk_bench::wait(b.call));
+    CHECK(b.used() == 1);
+    CHECK(b.status() == VIRTIO_BLK_S_OK);
+}
+
+TEST_CASE("a disk refuses what it can't do, and goes on") {
+    disk_bench b;
+    b.start_queue();
+    CHECK(b.acknowledgement_of(make_message(request::set_config, std::array<std::uint32_t, 4>{32, 4, 0, 1})) != 0);
+    CHECK(b.acknowledgement_of(make_request(request{99})) != 0);
+    b.read_sectors(disk_bench::guest + 4 * page_size, 512);
+    CHECK(disk_bench::wait(b.call));
+    CHECK(b.status() == VIRTIO_BLK_S_OK);
+    b.send(make_message(request::set_config, std::array<std::uint32_t, 4>{32, 4, 0, 1}));
+    b.tell(make_request(request::set_owner));
+    // What a guest may ask for, and has to hear that it can't be done.
+    b.read_sectors(disk_bench::guest + 4 * page_size, 512, 8); // behind its end
+    CHECK(disk_bench::wait(b.call));
+    CHECK(b.status() == VIRTIO_BLK_S_IOERR);
+    b.read_sectors(disk_bench::guest + 4 * page_size, 511);
+    CHECK(disk_bench::wait(b.call));
+    CHECK(b.status() == VIRTIO_BLK_S_IOERR);
+    b.read_sectors(disk_bench::guest + disk_bench::pages * page_size, 512); // outside guest memory
+    CHECK(disk_bench::wait(b.call));
+    CHECK(b.status() == VIRTIO_BLK_S_IOERR);
+    CHECK(b.used() == 4);
+}
+
+TEST_CASE("a guest whose descriptors can't be meant stops its queue, and hurts nobody") {
+    using disk::descriptor;
+    using disk::descriptor_indirect;
+    using disk::descriptor_next;
+    using disk::descriptor_write;
+    constexpr std::uint64_t guest = disk_bench::guest, end = guest + disk_bench::pages * page_size;
+    constexpr std::uint64_t header = guest + 3 * page_size, table = guest + 5 * page_size, status = guest + 7 * page_size;
+    struct hostile {
+        const char* what;
+        std::vector<descriptor> ring;      // its first descriptors
+        std::vector<descriptor> table = {}; // the indirect one's
+        std::uint16_t head = 0;
+    };
+    const hostile cases[] = {
+        {"a head outside the table", {}, {}, disk_bench::queue_size},
+        {"a next outside the table", {{header, 16, descriptor_next, 0xffff}}},
+        {"a loop", {{header, 16, descriptor_next, 1}, {header, 16, descriptor_next, 0}}},
+        {"a loop of one that is writable", {{status, 1, descriptor_next | descriptor_write, 0}}},
+        {"beyond 64 bits", {{~std::uint64_t{0} - 8, 16, descriptor_next, 1}, {status, 1, descriptor_write, 0}}},
+        {"readable behind writable", {{status, 1, descriptor_next | descriptor_write, 1}, {header, 16, 0, 0}}},
+        {"no status", {{header, 16, 0, 0}}},
+        {"no byte for a status", {{header, 16, descriptor_next, 1}, {status, 0, descriptor_write, 0}}},
+        {"half a header", {{header, 15, descriptor_next, 1}, {status, 1, descriptor_write, 0}}},
+        {"a header outside memory", {{end - 8, 16, descriptor_next, 1}, {status, 1, descriptor_write, 0}}},
+        {"a status outside memory", {{header, 16, descriptor_next, 1}, {end, 1, descriptor_write, 0}}},
+        {"a status before memory", {{header, 16, descriptor_next, 1}, {guest - 1, 1, descriptor_write, 0}}},
+        {"an indirect table of no length", {{table, 0, descriptor_indirect, 0}}},
+        {"one of half a descriptor", {{table, 24, descriptor_indirect, 0}}},
+        {"a huge one", {{table, 0xfffffff0, descriptor_indirect, 0}}},
+        {"one outside memory", {{end - 16, 32, descriptor_indirect, 0}}},
+        {"one with something behind it", {{table, 32, descriptor_indirect | descriptor_next, 1}, {status, 1, descriptor_write, 0}}},
+        {"one in one", {{table, 32, descriptor_indirect, 0}}, {{table, 32, descriptor_indirect, 0}}},
+        {"a loop in one", {{table, 32, descriptor_indirect, 0}}, {{header, 16, descriptor_next, 1}, {header, 16, descriptor_next, 0}}},
+        {"a next outside of it", {{table, 32, descriptor_indirect, 0}}, {{header, 16, descriptor_next, 2}}},
+    };
+    for (const hostile& one : cases) {
+        CAPTURE(one.what);
+        disk_bench b;
+        b.start_queue();
+        b.put_header(3 * page_size, VIRTIO_BLK_T_IN, 0);
+        for (std::size_t i = 0; i != one.ring.size(); ++i) b.describe(i, one.ring[i]);
+        if (!one.table.empty()) std::memcpy(b.at(5 * page_size), one.table.data(), one.table.size() * sizeof(descriptor));
+        b.submit({one.head});
+        CHECK(disk_bench::wait(b.err));
+        CHECK(b.used() == 0);
+        // It stands until it is begun anew.
+        b.read_sectors(guest + 4 * page_size, 512);
+        CHECK(b.acknowledgement_of(make_request(request::set_owner)) == 0);
+        CHECK(b.used() == 0);
+    }
+    {
+        disk_bench b;
+        b.start_queue();
+        const std::uint16_t many = disk_bench::queue_size + 1;
+        std::memcpy(b.at(page_size + 2), &many, sizeof many);
+        disk_bench::raise(b.kick);
+        CHECK(disk_bench::wait(b.err));
+        CHECK(b.used() == 0);
+    }
+    // The same request by an indirect table that can be meant.
+    disk_bench b;
+    b.start_queue();
+    b.put_header(3 * page_size, VIRTIO_BLK_T_IN, 5);
+    const descriptor good[] = {{header, 16, descriptor_next, 1}, {guest + 4 * page_size, 512, descriptor_next | descriptor_write, 2}, {status, 1, descriptor_write, 0}};
+    std::memcpy(b.at(5 * page_size), good, sizeof good);
+    b.describe(0, {table, sizeof good, descriptor_indirect, 0});
+    b.submit({0});
+    CHECK(disk_bench::wait(b.call));
+    CHECK(*b.at(4 * page_size + 511) == std::byte{5});
+}
+
+TEST_CASE("a disk's request that waits for a page holds up neither those before it nor the VMM's messages") {
+    if (!have_userfaultfd()) return;
+    using namespace disk;
+    disk_bench b(true);
+    b.start_queue();
+    constexpr std::uint64_t guest = disk_bench::guest;
+    // Two of them: the second one writes what is in a page that hasn't come.
+    *b.at(7 * page_size) = std::byte{0xff};
+    b.put_header(3 * page_size, VIRTIO_BLK_T_IN, 1);
+    b.describe(0, {guest + 3 * page_size, 16, descriptor_next, 1});
+    b.describe(1, {guest + 7 * page_size + 512, 512, descriptor_next | descriptor_write, 2});
+    b.describe(2, {guest + 7 * page_size, 1, descriptor_write, 0});
+    b.put_header(3 * page_size + 64, VIRTIO_BLK_T_OUT, 6);
+    b.describe(3, {guest + 3 * page_size + 64, 16, descriptor_next, 4});
+    b.describe(4, {guest + 9 * page_size, 512, descriptor_next, 5});
+    b.describe(5, {guest + 7 * page_size + 1, 1, descriptor_write, 0});
+    b.submit({0, 3});
+    REQUIRE(b.next_fault() == 9u);
+    CHECK(disk_bench::wait(b.call));
+    CHECK(b.used() == 1);
+    struct state {
+        std::uint32_t index, number;
+    };
+    CHECK(b.acknowledgement_of(make_message(request::set_vring_enable, state{0, 1})) == 0);
+    std::array<char, 512> sector{};
+    SECTION("the page comes") {
+        std::memset(b.at(9 * page_size), 0x77, page_size);
+        b.wake(9);
+        CHECK(disk_bench::wait(b.call));
+        CHECK(b.used() == 2);
+        CHECK(::pread(b.file.get(), sector.data(), sector.size(), 6 * 512) == 512);
+        CHECK(sector[511] == 0x77);
+    }
+    SECTION("the VMM goes, while it waits for the queue to stop") {
+        b.send(make_message(request::get_vring_base, state{0, 0}));
+        std::this_thread::sleep_for(20ms); // it had better have read it
+        const bool ended = b.end();
+        if (!ended) b.wake(9);
+        CHECK(ended);
+        CHECK_FALSE(b.has_page(9));
+        CHECK(b.used() == 1);
+        CHECK(::pread(b.file.get(), sector.data(), sector.size(), 6 * 512) == 512);
+        CHECK(sector[511] == 6);
+    }
 }

@@ -120,14 +120,13 @@ public:
     }
     /// For a message that was the backend's own: tells the VMM how it went, where it asked for that.
     result<void> acknowledge(int socket, const message& m, bool success) const {
-        // QEMU waits for LISTEN's in any case.
-        const bool obeyed = (protocol_features_ & protocol_feature::reply_ack) != 0 || m.request == request::postcopy_listen;
-        if (!m.needs_reply() || !obeyed) return {};
+        if (!awaits_reply_of(m)) return {};
         return send_message(socket, make_acknowledgement(m.request, success), options_.patience);
     }
 
     /// Reads messages until the VMM closes the connection (success) or something fails. What isn't the client's goes to
-    /// `device(message&)`, which returns `result<handling>`. To end it from elsewhere, shut the socket down.
+    /// `device(message&)`, which returns `result<handling>`; what isn't the device's either is refused where it asks for an
+    /// acknowledgement, and else is a failure. To end it from elsewhere, shut the socket down.
     template <class Device>
     result<void> run(int socket, Device device) {
         const result<void> ended = run_until_end(socket, device);
@@ -170,6 +169,12 @@ private:
             if (one.watched) one.mapped.abandon(*faults_);
     }
 
+    /// Whether a message wants to be acknowledged. QEMU waits for LISTEN's in any case.
+    bool awaits_reply_of(const message& m) const noexcept {
+        const bool obeyed = (protocol_features_ & protocol_feature::reply_ack) != 0 || m.request == request::postcopy_listen;
+        return m.needs_reply() && obeyed;
+    }
+
     template <class Device>
     result<void> run_until_end(int socket, Device& device) {
         for (;;) {
@@ -182,8 +187,14 @@ private:
             result<handling> handled = handle(socket, m);
             if (handled && *handled == handling::not_mine) {
                 handled = device(m);
-                if (handled && *handled == handling::not_mine)
+                if (handled && *handled == handling::not_mine) {
+                    // Where the VMM can be told that, it goes on; an answer that it waits for nobody could give.
+                    if (awaits_reply_of(m)) {
+                        if (result<void> told = acknowledge(socket, m, false); !told) return told;
+                        continue;
+                    }
                     handled = error(errc::unsupported, "a request that this device knows", name_of(m.request));
+                }
                 if (!handled || *handled == handling::done)
                     if (result<void> told = acknowledge(socket, m, handled.has_value()); !told) return told;
             }
