@@ -222,7 +222,8 @@ void migrate_precopy(qemu& from, qemu& to, const std::string& uri) {
 std::size_t faults_of_backend(const qemu& who) {
     return count_of(who.complaints(), "vhost_user_postcopy_fault_handler_found");
 }
-/// Slow, so that most of memory is still to come when the guest runs there, until the backend has waited for a page.
+/// Slow, so that most of memory is still to come when the guest runs there, until the backend has waited for a page. Then the
+/// machine is stopped and goes on, while the backend's pages are still to come.
 void migrate_postcopy(qemu& from, qemu& to, const std::string& uri, bool huge) {
     set_postcopy(from, true);
     from.execute("migrate-set-parameters",
@@ -233,6 +234,8 @@ void migrate_postcopy(qemu& from, qemu& to, const std::string& uri, bool huge) {
     from.execute("migrate-start-postcopy");
     while (faults_of_backend(to) == 0 && status_of_migration(from) != "completed")
         std::this_thread::sleep_for(10ms);
+    to.execute("stop");
+    to.execute("cont");
     from.execute("migrate-set-parameters", {{"max-postcopy-bandwidth", 1 << 30}});
     wait_completed(from);
     REQUIRE(to.wait_incoming().completed);
@@ -264,6 +267,7 @@ TEST_CASE("a Linux finds its disk and all that is on it, while it and its disk's
     check_progress(*machine, 1);
 
     const int migrations = std::getenv("VMSTATE_SOAK") != nullptr ? 12 : 2;
+    std::size_t faults_in_postcopy = 0;
     for (int i = 1; i <= migrations; ++i) {
         const bool postcopy = i % 2 == 0;
         INFO("migration " << i << (postcopy ? ": postcopy" : ": precopy"));
@@ -282,8 +286,11 @@ TEST_CASE("a Linux finds its disk and all that is on it, while it and its disk's
         machine = std::move(next);
         disk = std::move(next_disk);
         check_progress(*machine);
-        CHECK((faults_of_backend(*machine) > 0) == postcopy);
+        if (postcopy) faults_in_postcopy += faults_of_backend(*machine);
+        else CHECK(faults_of_backend(*machine) == 0);
     }
+    // One alone may have none by chance, where pages are huge.
+    CHECK(faults_in_postcopy > 0);
     CHECK(machine->quit() == 0);
     CHECK(disk->wait() == 0);
     CHECK_THAT(disk->output(), contains("postcopy yes"));
