@@ -338,21 +338,23 @@ TEST_CASE("a wrong key, a user nobody knows, and a peer with certificates are re
         write_keys(kit.client_directory, "qemu:ffffffffffffffffffffffffffffffff\n");
         meeting both = meet(kit.client(), kit.server());
         REQUIRE(both.server.has_error());
-        CHECK_THAT(both.server.error().message(), contains("TLS handshake: ") && contains("binder"));
-        CHECK_THAT(refusal_of(both.client), contains("alert"));
+        CHECK_THAT(both.server.error().message(),
+            contains("TLS handshake: the peer's key for the user qemu is another one: ") && contains("binder"));
+        CHECK_THAT(refusal_of(both.client), contains("the peer refuses us, and knows why: ") && contains("alert"));
     }
     SECTION("the key of another user") {
         write_keys(kit.client_directory, "alice:0123456789abcdef0123456789abcdef\n");
         meeting both = meet(kit.client("alice"), kit.server());
-        CHECK(both.server.has_error());
-        CHECK_THAT(refusal_of(both.client), contains("alert"));
+        REQUIRE(both.server.has_error());
+        CHECK_THAT(both.server.error().message(), contains("the peer's key for the user alice is another one"));
+        CHECK_THAT(refusal_of(both.client), contains("the peer refuses us, and knows why: ") && contains("alert"));
     }
     SECTION("a user nobody knows") {
         write_keys(kit.client_directory, "mallory:0123456789abcdef0123456789abcdef\n");
         meeting both = meet(kit.client("mallory"), kit.server());
         REQUIRE(both.server.has_error());
         CHECK_THAT(both.server.error().message(), contains("no key for the user mallory"));
-        CHECK_THAT(refusal_of(both.client), contains("alert"));
+        CHECK_THAT(refusal_of(both.client), contains("the peer refuses us, and knows why: ") && contains("alert"));
     }
     SECTION("a server with a certificate and no key") {
         meeting both = meet(kit.client(), certificates.server(false));
@@ -364,6 +366,28 @@ TEST_CASE("a wrong key, a user nobody knows, and a peer with certificates are re
         CHECK(both.server.has_error());
         CHECK(both.client.has_error());
     }
+}
+
+TEST_CASE("a peer without TLS is told by that name, at either side") {
+    const x509_kit kit;
+    const psk_kit keys;
+    const bool pre_shared = GENERATE(false, true);
+    CAPTURE(pre_shared);
+    // The beginning of a migration stream.
+    constexpr std::array<char, 12> text{'Q', 'E', 'V', 'M', 0, 0, 0, 3, 7, 0, 0, 0};
+    const auto plain = std::as_bytes(std::span(text));
+    std::string said;
+    SECTION("a server's") {
+        auto [near, far] = socket_pair();
+        REQUIRE(message_of(put(*near, plain)) == "");
+        said = message_of(tls_server(std::move(far), pre_shared ? keys.server() : kit.server()));
+    }
+    SECTION("a client's") {
+        auto [near, far] = socket_pair();
+        REQUIRE(message_of(put(*far, plain)) == "");
+        said = message_of(tls_client(std::move(near), pre_shared ? keys.client() : kit.client(), "localhost"));
+    }
+    CHECK_THAT(said, contains("TLS handshake: the peer doesn't speak TLS: ") && contains("wrong version number"));
 }
 
 TEST_CASE("credentials that can't be used are refused by name") {

@@ -358,6 +358,7 @@ public:
 
     // For the callbacks of pre-shared keys, which OpenSSL calls inside the handshake.
     const tls_state& credentials() const noexcept { return *credentials_; }
+    void take_user(std::string username) { user_ = std::move(username); }
     void refuse_user(std::string username) { unknown_user_ = std::move(username); }
     static tls_session& of(SSL* ssl) noexcept { return *static_cast<tls_session*>(SSL_get_app_data(ssl)); }
 
@@ -365,24 +366,44 @@ private:
     static constexpr std::size_t record_size = 16 * 1024;  // the most that a TLS record holds
     static constexpr std::size_t buffer_size = 256 * 1024; // what goes to and comes from the channel in one call
 
-    static std::string openssl_reason() {
+    static std::string openssl_reason() { return text_of(take_openssl_error()); }
+    static unsigned long take_openssl_error() noexcept {
         const unsigned long code = ERR_get_error();
         ERR_clear_error();
+        return code;
+    }
+    static std::string text_of(unsigned long code) {
         if (code == 0) return "the peer broke the protocol";
         const char* const reason = ERR_reason_error_string(code);
         return reason ? reason : "OpenSSL error " + std::to_string(code);
+    }
+    /// For an operator, where OpenSSL's words say it to those alone who know the protocol, and mean one thing. Empty where not.
+    std::string plain_words(unsigned long code) const {
+        if (ERR_GET_LIB(code) != ERR_LIB_SSL) return {};
+        const int reason = ERR_GET_REASON(code);
+        // What the peer has sent to end this: why it does is known to the peer alone.
+        if (reason > SSL_AD_REASON_OFFSET) return "the peer refuses us, and knows why";
+        if (reason == SSL_R_BINDER_DOES_NOT_VERIFY) return "the peer's key for the user " + user_ + " is another one";
+        // Once a message of the peer's has been taken it would mean something else.
+        const OSSL_HANDSHAKE_STATE at = SSL_get_state(ssl_.get());
+        if (reason == SSL_R_WRONG_VERSION_NUMBER && (at == TLS_ST_BEFORE || at == TLS_ST_CW_CLNT_HELLO))
+            return "the peer doesn't speak TLS";
+        return {};
     }
     static error shut_down() { return error(errc::io, {}, "channel was shut down"); }
 
     /// Why OpenSSL gave up. The caller holds session_.
     error openssl_failure(const std::string& stage) {
         broken_ = true;
-        std::string reason = openssl_reason();
+        const unsigned long code = take_openssl_error();
+        std::string reason = text_of(code);
         const bool verifies = (SSL_get_verify_mode(ssl_.get()) & SSL_VERIFY_PEER) != 0;
         if (const long verdict = SSL_get_verify_result(ssl_.get()); verifies && verdict != X509_V_OK)
             reason = std::string("the peer's certificate is refused: ") + X509_verify_cert_error_string(verdict);
         else if (!unknown_user_.empty())
             reason = "no key for the user " + unknown_user_;
+        else if (const std::string words = plain_words(code); !words.empty())
+            reason = words + ": " + reason;
         return error(errc::io, {}, "TLS " + stage + ": " + reason);
     }
 
@@ -629,6 +650,7 @@ private:
     bool broken_ = false;               // session_
     bool output_ended_ = false;         // session_
     error later_;                       // session_
+    std::string user_;                  // session_, of a client with a pre-shared key that is known here
     std::string unknown_user_;          // session_
     std::atomic<bool> shut_ = false;
     std::atomic<bool> abandoned_ = false;
@@ -711,6 +733,7 @@ inline unsigned tls_credentials::server_key(SSL* ssl, const char* identity, unsi
         session.refuse_user(identity);
         return 0;
     }
+    session.take_user(identity);
     std::copy(found->second.begin(), found->second.end(), key);
     return static_cast<unsigned>(found->second.size());
 }
