@@ -19,6 +19,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "ending_signals.hpp"
 #include "parked_file.hpp"
 #include "reader_of_guest.hpp"
 
@@ -194,11 +195,11 @@ int complain(const std::string& what, const vmstate::error& failure) {
     return exit_failed;
 }
 
-void say_what_came(const vmstate::machine& machine, const vmstate::migration::status& last) {
+void say_what_moved(const vmstate::machine& machine, const vmstate::migration::status& last, std::chrono::milliseconds time) {
     std::size_t sections = 0;
     for (const auto& entry : machine.sections()) sections += entry->is_carried() ? 1u : 0u;
     std::printf("%s: %llu bytes, %zu device sections, in %lld ms\n", machine.options().name.c_str(),
-        static_cast<unsigned long long>(last.ram.transferred), sections, static_cast<long long>(last.total_time.count()));
+        static_cast<unsigned long long>(last.ram.transferred), sections, static_cast<long long>(time.count()));
 }
 
 void say_who_waited(const park::reader_of_guest& readers, const vmstate::postcopy_fault_status& faults) {
@@ -229,6 +230,8 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
         if (const vmstate::result<void> can = vmstate::check_postcopy_support(*machine.ram()); !can)
             return complain("postcopy", can.error());
 
+    // From here on there is something to clear away, and nothing keeps a signal from ending this before it is.
+    const park::ending_signals signals;
     // What can't be kept has to be known before it is taken: first that the file can be made, and at the end that it is whole.
     vmstate::result<park::parked_file> kept = park::parked_file::create(file);
     if (!kept) return complain(file, kept.error());
@@ -243,11 +246,23 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
         return {};
     };
     vmstate::migration::destination destination(machine, nobody, parameters, carried_by(*known));
+    std::atomic<bool> is_interrupted = false;
     destination.observe([&](const vmstate::migration::status& at) {
+        if (at.state == vmstate::migration::state::setup && is_interrupted.load()) return destination.cancel();
         if (at.state == vmstate::migration::state::setup && !destination.uri().empty()) say_where(destination.uri());
         if (at.state == vmstate::migration::state::postcopy_active) is_postcopy.store(true);
         // Half a machine is of no use to keep.
         if (at.state == vmstate::migration::state::postcopy_paused) destination.give_up();
+    });
+    const park::signal_watch watch(signals, [&] {
+        if (!vmstate::migration::is_postcopy(destination.status().state)) {
+            is_interrupted.store(true); // of a run that hasn't begun, too
+            destination.cancel();
+        } else if (is_interrupted.exchange(true)) {
+            destination.give_up();
+        } else {
+            std::fprintf(stderr, "vmstate-park: the machine is here, and can't go back; a second signal loses it\n");
+        }
     });
     const vmstate::result<void> arrived = [&]() -> vmstate::result<void> {
         if (!tls.wanted()) return destination.run(uri);
@@ -269,7 +284,9 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
                 std::to_string(changed) + " that changed afterwards"));
         say_who_waited(readers, destination.status().postcopy.faults);
     }
-    say_what_came(machine, destination.status());
+    // Not while nobody had come.
+    const vmstate::migration::status last = destination.status();
+    say_what_moved(machine, last, last.total_time - last.setup_time);
     // The rest of its memory came after the machine was ours.
     if (is_postcopy.load())
         if (const vmstate::result<void> written = kept->keep(machine); !written) return complain(file, written.error());
@@ -302,7 +319,8 @@ int send(const std::string& file, const std::string& uri, vmstate::migration::pa
     // Nobody writes its memory: there is nothing that precopy would be good for.
     if (parameters.postcopy_ram) static_cast<void>(source.start_postcopy());
     if (const vmstate::result<void> sent = source.wait(); !sent) return complain(uri, sent.error());
-    say_what_came(machine, source.status());
+    const vmstate::migration::status last = source.status();
+    say_what_moved(machine, last, last.total_time);
     return EXIT_SUCCESS;
 }
 
@@ -327,7 +345,8 @@ int main(int argc, char** argv) {
     CLI::App* const sending = app.add_subcommand("send", "Migrate a kept machine to a QEMU that waits with -incoming");
     sending->add_option("FILE", file, "What was kept; or any stream that a QEMU wrote to a file")->required();
     sending->add_option("URI", uri, "Where that QEMU waits: unix:PATH, tcp:HOST:PORT")->required();
-    sending->add_flag("!--no-return-path", parameters.return_path, "Don't ask it whether all was loaded");
+    sending->add_flag("--no-return-path", [&parameters](std::int64_t) { parameters.return_path = false; },
+        "Don't ask it whether all was loaded");
     sending->add_option("--max-bandwidth", parameters.max_bandwidth, "Bytes per second, 0 for no limit");
     sending->add_option("--max-postcopy-bandwidth", parameters.max_postcopy_bandwidth,
         "The same in postcopy, of the pages that the guest doesn't wait for");

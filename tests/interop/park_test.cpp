@@ -7,12 +7,16 @@
 
 #include <vmstate/stream/connect.hpp>
 
+#include <signal.h>
+#include <sys/types.h>
+
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
@@ -295,6 +299,38 @@ TEST_CASE("a machine that can't be kept runs on where it is") {
     CHECK(std::filesystem::file_size(directory / "parked") == 3); // that of before
     const std::string before = first.serial();
     first.wait_serial([&](std::string_view now) { return now.size() > before.size(); }, "more of it");
+}
+
+TEST_CASE("a signal that ends the wait for a machine leaves nothing behind") {
+    VMSTATE_REQUIRE_QEMU();
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    {
+        qemu first({.machine = "microvm", .rom = guest_rom("counter")});
+        REQUIRE(first.migrate_to_file(directory / "schema").completed);
+    }
+    certificate_authority authority;
+    authority.write(directory.path());
+    authority.issue({}).write(directory.path(), "server");
+    for (const std::string& way : {std::string(), " --tls-x509 " + directory.path().string(), std::string(" --multifd 2")}) {
+        CAPTURE(way);
+        park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema") + way,
+            "echo $$ >'" + path("pid") + "'; exec "); // timeout passes the signal on
+        REQUIRE(receiving.line() == "waiting at unix:" + path("in") + "\n");
+        CHECK(std::filesystem::exists(directory / "in"));
+        CHECK(std::filesystem::exists(directory / "parked.partial"));
+        ::pid_t pid = 0;
+        std::ifstream(directory / "pid") >> pid;
+        REQUIRE(pid > 1);
+        REQUIRE(::kill(pid, SIGTERM) == 0);
+        int status = -1;
+        const std::string said = receiving.rest(status);
+        CAPTURE(said);
+        CHECK(status == 1);
+        CHECK(said.find("cancelled") != std::string::npos);
+        CHECK_FALSE(std::filesystem::exists(directory / "in"));
+        CHECK_FALSE(std::filesystem::exists(directory / "parked.partial"));
+    }
 }
 
 TEST_CASE("who connects and says nothing isn't waited for longer than one says") {
