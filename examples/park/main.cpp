@@ -291,6 +291,7 @@ int receive(const std::string& uri, const std::string& file, const std::string& 
     if (is_postcopy.load())
         if (const vmstate::result<void> written = kept->keep(machine); !written) return complain(file, written.error());
     std::printf("parked in %s\n", file.c_str());
+    if (!last.has_return_path) std::printf("the QEMU had no return-path on, and didn't wait for the file to be written\n");
     return EXIT_SUCCESS;
 }
 

@@ -125,6 +125,7 @@ TEST_CASE("a running guest is parked in a file and goes on in another QEMU") {
         REQUIRE(left.error == "");
         REQUIRE(status == 0);
         CHECK(said.find("parked in " + path("parked")) != std::string::npos);
+        CHECK((said.find("didn't wait for") == std::string::npos) == return_path);
     }
     const std::string before = first.serial();
 
@@ -212,6 +213,7 @@ TEST_CASE("a running guest is parked by postcopy and goes on by postcopy in anot
         REQUIRE(status == 0);
         CHECK(said.find("while they came, and each was whole") != std::string::npos);
         CHECK(said.find("they waited 0 times") == std::string::npos);
+        CHECK(said.find("didn't wait for") == std::string::npos);
         CHECK(said.find("parked in " + path("parked")) != std::string::npos);
         while (state() == "postcopy-active") std::this_thread::sleep_for(std::chrono::milliseconds(2));
         REQUIRE(state() == "completed");

@@ -418,6 +418,7 @@ private:
         }
         buffered_reader in(channel, read_ahead);
         result<void> loaded = load(machine_, static_cast<reader&>(in), loading);
+        monitor_.update([&](migration::status& at) { at.has_return_path = way_back.is_open(); });
         if (pages) {
             // What has gone wrong there is the reason for what is wrong here.
             if (result<void> complete = pages->finish(loaded.has_value()); !complete) loaded = complete;

@@ -58,6 +58,7 @@ struct status {
     /// where it doesn't wait for that, has loaded the devices.
     std::chrono::milliseconds downtime{0};
     unsigned cpu_throttle_percentage = 0;
+    bool has_return_path = false; ///< at a destination: the source has opened it, and waits for "loaded"
     error error_desc; ///< why it failed; in postcopy-paused, why the connection broke or didn't come about
 };
 
