@@ -719,7 +719,6 @@ TEST_CASE("a block whose source has larger pages than its memory gets them piece
     ram.insert(std::make_unique<ram_block>(ram_block{"adopted", span, span.size(), options}));
     REQUIRE(check_postcopy_support(ram));
     ram_block& block = *ram.find("adopted");
-    span[5 * page_size] = std::byte{0x77}; // there before
     received_pages received(page_size);
     received.add(block);
     page_placer placer(received);
@@ -727,10 +726,72 @@ TEST_CASE("a block whose source has larger pages than its memory gets them piece
     std::vector<std::byte> host_page(huge, std::byte{0x11});
     REQUIRE(placer.place(block, 0, host_page.data()));
     REQUIRE(placer.place_zero(block, 0));
-    host_page[5 * page_size] = std::byte{0x77};
-    std::fill_n(host_page.begin() + 5 * page_size + 1, page_size - 1, std::byte{0});
     CHECK(std::equal(host_page.begin(), host_page.end(), span.begin()));
     CHECK(received.snapshot(block).count() == 512);
+}
+
+TEST_CASE("a page that came into being behind our back is an error by name, and one that was received is none") {
+    if (!may_run()) return;
+    const kind what = GENERATE(kind::anonymous, kind::memfd);
+    INFO(name_of(what));
+    constexpr std::size_t pages = 16;
+    const result<ram_memory> memory = memory_of(what, pages * page_size);
+    REQUIRE(memory.has_value());
+    ram_section ram;
+    ram_block& block = add_block(ram, "pc.ram", *memory);
+    // Between the discard and the registration somebody reads: a page of zeros is there.
+    REQUIRE(discard_range(block, {0, block.used_length}));
+    CHECK(*const_cast<volatile std::byte*>(memory->span().data() + 5 * page_size) == std::byte{0});
+    received_pages received(page_size);
+    received.add(block);
+    page_placer placer(received);
+    std::size_t told = 0;
+    placer.on_placed([&](ram_block&, std::uint64_t, std::uint64_t) { ++told; });
+    REQUIRE(placer.start());
+    const std::vector<std::byte> content(pages * page_size, std::byte{0x31});
+    const auto why = [](const result<void>& done) { return done ? std::string("no error") : done.error().message(); };
+    const std::string refused =
+        "pc.ram: bad RAM record: expected memory that is missing until its page comes, found a page at 20480 that came";
+    for (int twice = 0; twice != 2; ++twice) {
+        CHECK_THAT(why(placer.place(block, 5 * page_size, content.data())), contains(refused));
+        CHECK_THAT(why(placer.place_zero(block, 5 * page_size)), contains(refused));
+        CHECK_FALSE(received.has(block, 5 * page_size, page_size));
+    }
+    CHECK(told == 0);
+    CHECK(why(placer.place(block, 2 * page_size, content.data())) == "no error");
+    // In a run, the one that was received is left alone, and those before the bad one are ours when they come again.
+    CHECK_THAT(why(placer.place_run(block, 0, std::span(content).first(8 * page_size))), contains(refused));
+    CHECK(why(placer.place_run(block, 0, std::span(content).first(5 * page_size))) == "no error");
+    CHECK(why(placer.place_run(block, 6 * page_size, std::span(content).first(10 * page_size))) == "no error");
+    CHECK(why(placer.place(block, 15 * page_size, content.data())) == "no error");
+    CHECK(received.snapshot(block).count() == pages - 1);
+
+    // The same pages from two threads at once: a race that harms nobody.
+    const result<ram_memory> other = memory_of(what, 4096 * page_size);
+    REQUIRE(other.has_value());
+    ram_section more;
+    ram_block& raced = add_block(more, "raced", *other);
+    received_pages both(page_size);
+    both.add(raced);
+    page_placer placing(both);
+    REQUIRE(placing.start());
+    std::array<std::string, 2> failed;
+    std::array<std::thread, 2> channels;
+    std::atomic<std::size_t> together = 0;
+    for (std::size_t number = 0; number != channels.size(); ++number)
+        channels[number] = std::thread([&, number] {
+            for (std::uint64_t offset = 0; offset != raced.used_length; offset += 4 * page_size) {
+                ++together;
+                while (together.load() < 2 * (offset / (4 * page_size) + 1)) std::this_thread::yield();
+                const result<void> done = number == 0
+                    ? placing.place_run(raced, offset, std::span(content).first(4 * page_size))
+                    : placing.place(raced, offset + page_size, content.data());
+                if (!done && failed[number].empty()) failed[number] = done.error().message();
+            }
+        });
+    for (std::thread& one : channels) one.join();
+    CHECK(failed == std::array<std::string, 2>{});
+    CHECK(both.snapshot(raced).count() == 4096);
 }
 
 // ---- discarding
@@ -780,6 +841,24 @@ TEST_CASE("a part of a file is discarded where the block lies in it, and locked 
     REQUIRE(discard_range(add_block(ram, "locked", *locked), {page_size, page_size}));
     CHECK(locked->span()[page_size] == std::byte{0});
     CHECK(locked->span()[0] == std::byte{0x55});
+}
+
+TEST_CASE("shared memory that is locked, and whose file nobody told, isn't taken to be discarded") {
+    const result<ram_memory> memory = memory_of(kind::memfd, 4 * page_size);
+    REQUIRE(memory.has_value());
+    std::memset(memory->span().data(), 0x55, memory->span().size());
+    if (::mlock(memory->span().data(), memory->span().size()) != 0) return skip("no memory may be locked here");
+    ram_section ram;
+    ram_block& block = add_block(ram, "locked", *memory);
+    block.options.file = {};
+    const result<void> refused = discard_range(block, {page_size, page_size});
+    REQUIRE_FALSE(refused);
+    CHECK_THAT(refused.error().message(), contains("locked: bad RAM record: expected memory that can be discarded, found MADV_REMOVE of 4096+4096"));
+    CHECK(memory->span()[page_size] == std::byte{0x55});
+    // By its file it can be.
+    block.options.file = memory->file();
+    REQUIRE(discard_range(block, {page_size, page_size}));
+    CHECK(memory->span()[page_size] == std::byte{0});
 }
 
 TEST_CASE("memory that can't be discarded is an error that names the block and the call") {

@@ -123,11 +123,11 @@ public:
         const ram_block& block = *command->block;
         if (find(block.name) == nullptr)
             return std::move(error(errc::bad_ram, "a block of the stream's list", block.name).at_offset(offset));
-        page_bitmap& owed = owed_.try_emplace(&block, pages(block.memory.size())).first->second;
+        discarded_pages& owed = owed_.try_emplace(&block, block, pages(block.memory.size())).first->second;
         for (const ram_range& range : command->ranges) {
-            if (result<void> gone = discard_range(block, range); !gone) return gone;
+            if (result<void> gone = discard_range(block, range, owed.kind); !gone) return gone;
             received_.clear(block, range.start, range.length);
-            owed.set_range(pages(range.start), pages(range.length));
+            owed.pages.set_range(pages(range.start), pages(range.length));
         }
         return {};
     }
@@ -283,6 +283,14 @@ public:
     }
 
 private:
+    /// Of a block: the target pages that were thrown away.
+    struct discarded_pages {
+        discarded_pages(const ram_block& block, std::size_t count) : kind(discard_kind(block)), pages(count) {}
+
+        vmstate::detail::memory_kind kind;
+        page_bitmap pages;
+    };
+
     void break_off_locked() {
         accepting_.request_stop();
         if (main_) main_->shutdown();
@@ -317,7 +325,7 @@ private:
                 error(errc::bad_ram, "every page by the end", "none at " + std::to_string(offset)).within(block.name));
         };
         for (const auto& [block, owed] : owed_)
-            for (page_run run = owed.find_next_run(0); run.count != 0; run = owed.find_next_run(run.first + run.count))
+            for (page_run run = owed.pages.find_next_run(0); run.count != 0; run = owed.pages.find_next_run(run.first + run.count))
                 for (std::size_t page = run.first; page != run.first + run.count; ++page)
                     if (!received_.has(*block, page * received_.page_size(), received_.page_size()))
                         return missing(*block, page * received_.page_size());
@@ -608,7 +616,7 @@ private:
     // Written by the main thread before there are others.
     received_pages received_;
     std::map<std::string, ram_block*, std::less<>> blocks_; ///< whose pages come
-    std::map<const ram_block*, page_bitmap> owed_;          ///< target pages that were thrown away
+    std::map<const ram_block*, discarded_pages> owed_;
     std::uint32_t ram_section_id_ = 0;
     bool prepared_ = false; ///< transparent huge pages are off
     std::vector<postcopy_observer*> advised_; ///< and not told of the end yet

@@ -65,6 +65,8 @@ public:
         : machine_(of), pages_(std::move(unsent), of.options().guest_page_size()), release_(release) {
         for (const std::unique_ptr<section>& entry : machine_.sections())
             if (entry->ram() != nullptr) entry_ = entry.get();
+        for (std::size_t number = 0; release_ && number != pages_.block_count(); ++number)
+            kinds_.push_back(discard_kind(pages_.block(number)));
     }
     postcopy_sender(const postcopy_sender&) = delete;
     postcopy_sender& operator=(const postcopy_sender&) = delete;
@@ -401,7 +403,7 @@ private:
                 pages_.set_released(claim);
                 const std::uint64_t size = pages_.page_size();
                 // To give back less than one could is no failure.
-                (void)discard_range(block, {claim.pages.first * size, claim.pages.count * size});
+                (void)discard_range(block, {claim.pages.first * size, claim.pages.count * size}, kinds_[claim.number]);
             }
             unacknowledged_.pop_front();
         }
@@ -410,6 +412,7 @@ private:
     machine& machine_;
     postcopy_pages pages_;
     const bool release_;
+    std::vector<vmstate::detail::memory_kind> kinds_; ///< by the blocks' numbers, where pages are given back
     const section* entry_ = nullptr; ///< the machine's RAM
     page_request_queue queue_;       ///< without an urgent channel, and before requests are served
     std::atomic<bool> loaded_ = false;

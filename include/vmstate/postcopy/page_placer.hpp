@@ -10,12 +10,16 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -56,8 +60,10 @@ private:
 
 } // namespace detail
 
-/// `start()` comes first and once; then any thread places. A page that is there already stays as it is: the same page may
-/// be placed by two channels, and the first wins. What `on_placed` calls happens on the thread that placed.
+/// `start()` comes first and once; then any thread places. A page that was received stays as it is: the same page may come
+/// by two channels, and the first wins. One that is there and was never received is nobody's, and an error
+/// (`errc::bad_ram`): it came into being behind our back, and whoever looks at it finds something else than the source's.
+/// What `on_placed` calls happens on the thread that placed.
 class page_placer {
 public:
     /// A host page of `block` has come, and is marked as received.
@@ -110,11 +116,13 @@ public:
 
     /// Places the host page at `offset` with what is at `from`, outside of guest memory.
     result<void> place(ram_block& block, std::uint64_t offset, const std::byte* from) {
+        const in_hand mine(*this, host_page(block, offset));
         if (result<void> done = copy(host_page(block, offset), block, from); !done) return done;
         return arrived(block, offset);
     }
     /// The same for host pages that follow each other, by one call: each appears for itself.
     result<void> place_run(ram_block& block, std::uint64_t offset, std::span<const std::byte> pages) {
+        const in_hand mine(*this, block.page(offset, pages.size()));
         if (result<void> done = copy(block.page(offset, pages.size()), block, pages.data()); !done) return done;
         const std::uint64_t size = block.options.host_page_size;
         for (std::uint64_t at = offset; at != offset + pages.size(); at += size)
@@ -123,6 +131,7 @@ public:
     }
     /// The same for a page of zeros, without memory behind it where the kernel can.
     result<void> place_zero(ram_block& block, std::uint64_t offset) {
+        const in_hand mine(*this, host_page(block, offset));
         if (result<void> done = zero(block, offset); !done) return done;
         return arrived(block, offset);
     }
@@ -131,6 +140,34 @@ public:
     result<void> settle(ram_block& block, std::uint64_t offset) { return zero(block, offset); }
 
 private:
+    /// Pages that a thread is about to place, until they are marked: no other places them meanwhile, so that whoever finds
+    /// one there and not marked knows that none of us did it. The other waits for a system call, never for a page.
+    class in_hand {
+    public:
+        in_hand(page_placer& whose, std::span<std::byte> pages) : whose_(whose), pages_(pages) {
+            std::unique_lock lock(whose_.hands_mutex_);
+            whose_.hand_freed_.wait(lock, [&] {
+                return std::none_of(whose_.in_hands_.begin(), whose_.in_hands_.end(), [&](std::span<std::byte> other) {
+                    return pages_.data() < other.data() + other.size() && other.data() < pages_.data() + pages_.size();
+                });
+            });
+            whose_.in_hands_.push_back(pages_);
+        }
+        ~in_hand() {
+            {
+                const std::lock_guard lock(whose_.hands_mutex_);
+                std::erase_if(whose_.in_hands_, [&](std::span<std::byte> one) { return one.data() == pages_.data(); });
+            }
+            whose_.hand_freed_.notify_all();
+        }
+        in_hand(const in_hand&) = delete;
+        in_hand& operator=(const in_hand&) = delete;
+
+    private:
+        page_placer& whose_;
+        const std::span<std::byte> pages_;
+    };
+
     static std::span<std::byte> host_page(const ram_block& block, std::uint64_t offset) noexcept {
         return block.page(offset, static_cast<std::size_t>(block.options.host_page_size));
     }
@@ -153,13 +190,37 @@ private:
         const std::size_t unit = has_zero_page(block) ? small_page_ : static_cast<std::size_t>(block.options.host_page_size);
         for (std::size_t done = 0; done < page.size();) {
             const result<std::size_t> placed = call(page.subspan(done), done);
-            if (!placed) return std::move(error(placed.error()).within(block.name));
+            if (!placed) {
+                note_begun(block, page, page.size());
+                return std::move(error(placed.error()).within(block.name));
+            }
             done += *placed;
             if (done == page.size()) break;
+            if (!is_ours(block, page.data() + done)) {
+                note_begun(block, page, done);
+                return std::move(error(errc::bad_ram, "memory that is missing until its page comes",
+                    "a page at " + std::to_string(page.data() + done - block.memory.data()) + " that came into being by another way")
+                                     .within(block.name));
+            }
             if (result<void> woken = fault_->wake(page.subspan(done, unit)); !woken) return woken;
             done += unit;
         }
         return {};
+    }
+    /// Whether a page that is there was received, or may have been placed by a call that failed behind it.
+    bool is_ours(const ram_block& block, const std::byte* page) const {
+        const std::uint64_t size = block.options.host_page_size;
+        const std::uint64_t offset = static_cast<std::uint64_t>(page - block.memory.data()) / size * size;
+        if (received_.has(block, offset, size)) return true;
+        const std::lock_guard lock(hands_mutex_);
+        return begun_.contains({&block, offset});
+    }
+    /// Of `pages` the first `size` bytes may be placed, and aren't marked.
+    void note_begun(const ram_block& block, std::span<std::byte> pages, std::size_t size) {
+        const std::uint64_t unit = block.options.host_page_size;
+        const auto offset = static_cast<std::uint64_t>(pages.data() - block.memory.data());
+        const std::lock_guard lock(hands_mutex_);
+        for (std::uint64_t at = 0; at < size; at += unit) begun_.emplace(&block, offset + at);
     }
     result<void> arrived(ram_block& block, std::uint64_t offset) {
         // After the page: who sees the mark finds it. Before the listeners: one that looks at the mark while it notes a
@@ -176,6 +237,11 @@ private:
     const std::size_t small_page_ = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
     std::vector<const ram_block*> without_zero_page_; // hugetlb
     detail::scratch_memory zeros_;
+
+    mutable std::mutex hands_mutex_; ///< all below
+    std::condition_variable hand_freed_;
+    std::vector<std::span<std::byte>> in_hands_;
+    std::set<std::pair<const ram_block*, std::uint64_t>> begun_; ///< host pages of which a failed call may have placed some
 };
 
 } // namespace vmstate
