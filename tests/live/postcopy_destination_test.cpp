@@ -71,10 +71,10 @@ result<void> look(looking_card& card) {
 enum class backing { anonymous, memfd, of_two_pages };
 
 struct looking_machine {
-    explicit looking_machine(backing how = backing::anonymous)
+    explicit looking_machine(backing how = backing::anonymous, const machine_options& of = {.name = "small", .suppress_vmdesc = true})
         : mapping(how == backing::memfd ? *ram_memory::memfd("guest", (page_count + 1) * page)
                                         : *ram_memory::anonymous((page_count + 1) * page))
-        , state({.name = "small", .suppress_vmdesc = true}) {
+        , state(of) {
         card.memory = [this](std::uint64_t offset) { return read(offset); };
         ram_options options;
         options.host_page_size = how == backing::of_two_pages ? 2 * page : page;
@@ -704,6 +704,98 @@ TEST_CASE("RUN behind the package that comes wrong or not at all runs no guest")
     CHECK(ours.starts == 1);
 }
 
+TEST_CASE("after a break the rest of a larger host page may come before its beginning, over either channel") {
+    if (!can_postcopy()) return;
+    const bool preempt = GENERATE(false, true);
+    CAPTURE(preempt);
+    looking_machine ours(backing::of_two_pages);
+    migration::parameters settings = with_postcopy();
+    settings.postcopy_preempt = preempt;
+    migration::destination destination(ours.state, ours.control, settings);
+    REQUIRE(message_of(destination.listen("tcp:127.0.0.1:0")) == "");
+    result<void> outcome = error(errc::io);
+    std::thread receiving([&] { outcome = destination.run(); });
+    const auto wait_for = [&](auto done) {
+        for (int i = 0; i != 30'000 && !done() && !is_final(destination.status().state); ++i) std::this_thread::sleep_for(1ms);
+        return done();
+    };
+    const auto is = [&](state wanted) { return [&destination, wanted] { return destination.status().state == wanted; }; };
+    struct channels {
+        std::unique_ptr<duplex_channel> main, urgent;
+    };
+    const auto connect_all = [&] {
+        channels made;
+        if (auto main = vmstate::connect(destination.uri())) made.main = std::move(*main);
+        if (!preempt) return made;
+        if (auto urgent = vmstate::connect(destination.uri())) made.urgent = std::move(*urgent);
+        return made;
+    };
+    const auto send = [](const std::unique_ptr<duplex_channel>& to, const bytes& all) {
+        const std::span<const std::byte> whole(all);
+        return to != nullptr && to->writev({&whole, 1});
+    };
+    {
+        const channels first = connect_all();
+        CHECK(send(first.main, header() + command_of(command::open_return_path) + advise(2 * page) + ram_start(2 * page) +
+                                   discard(0, page_count) + packaged(listen() + card() + run())));
+        CHECK(wait_for(is(state::postcopy_active)));
+        // Of the host page that was asked for half has come.
+        CHECK(send(preempt ? first.urgent : first.main, preempt ? record_of(2) : part(record_of(2))));
+        if (first.main) first.main->shutdown();
+    }
+    CHECK(wait_for(is(state::postcopy_paused)));
+    CHECK(message_of(destination.recover("tcp:127.0.0.1:0")) == "");
+    CHECK(wait_for([&] { return !destination.uri().empty(); }));
+    const channels second = connect_all();
+    CHECK(send(second.main, command_of(command::open_return_path) + command_of(command::recv_bitmap, text("ram")) +
+                                command_of(command::postcopy_resume)));
+    CHECK(wait_for(is(state::postcopy_active)));
+    // The other half, another page that somebody waits for, the first half.
+    const bytes urgent = record_of(3) + record_of(8, "") + record_of(9, "") + record_of(2, "");
+    if (preempt) CHECK(send(second.urgent, urgent));
+    CHECK(send(second.main, (preempt ? bytes() : part(urgent)) + pages_from(0, 2) + pages_from(4, 8) + pages_from(10) + ending()));
+    CHECK(wait_for(is(state::completed)));
+    INFO(destination.status().error_desc.message());
+    destination.cancel();
+    destination.give_up();
+    receiving.join();
+    REQUIRE(message_of(outcome) == "");
+    CHECK(destination.status().postcopy.interruptions == 1);
+    CHECK_FALSE(ours.first_difference());
+}
+
+TEST_CASE("a page that came into being before the guest runs leaves the guest to the source") {
+    if (!can_postcopy()) return;
+    const backing how = GENERATE(backing::anonymous, backing::memfd);
+    looking_machine ours(how);
+    running_destination there(ours);
+    REQUIRE(there.end->send(opening() + pages_from(0) + discard(4, page_count - 4) + command_of(command::ping, big(std::uint32_t{7}))));
+    const auto pong = there.end->next();
+    REQUIRE(pong);
+    REQUIRE(pong->type == migration::return_message::pong);
+    CHECK(ours.read(10 * page) == std::byte{0}); // a monitor's thread
+    static_cast<void>(there.end->send(packaged(listen() + card() + run())));
+    const auto shut = there.end->next();
+    there.join();
+    CHECK((shut && shut->type == migration::return_message::shut && shut->value() == 1));
+    CHECK_THAT(message_of(there.outcome),
+        contains("ram") && contains("expected memory that is missing until its pages come, found a page at 40960"));
+    CHECK(ours.starts == 0);
+}
+
+TEST_CASE("memory that can't be discarded is refused as soon as the source has named it") {
+    if (!can_postcopy()) return;
+    looking_machine ours(backing::memfd);
+    const ram_memory another = *ram_memory::memfd("another", (page_count + 1) * page);
+    ours.state.remove_ram("ram");
+    REQUIRE(ours.state.add_ram("ram", ours.memory, {.file = another.file()}));
+    running_destination there(ours);
+    static_cast<void>(there.end->send(opening()));
+    there.join();
+    CHECK_THAT(message_of(there.outcome), contains("unsupported: expected ram_options.file that is the one mapped"));
+    CHECK(ours.starts == 0);
+}
+
 TEST_CASE("a destination that is destroyed while it is paused ends what it has") {
     if (!can_postcopy()) return;
     const leak_check leaks;
@@ -740,9 +832,11 @@ TEST_CASE("a channel for the pages that somebody waits for comes whenever it com
         bytes main; ///< behind it
         state end;
         std::string said;
+        bool stays_open = false; ///< and what it brings comes behind the main channel's end
     } const cases[] = {
         {"older sources end it with EOS", true, true, record_of(21) + record_of(22, "") + eos(), pages_from(4) + ending(), state::completed, ""},
-        {"newer ones close it", false, true, record_of(21) + record_of(22, ""), pages_from(4) + ending(), state::completed, ""},
+        {"it closes without EOS", false, true, record_of(21) + record_of(22, ""), pages_from(4) + ending(), state::completed, ""},
+        {"newer sources leave it open", false, true, record_of(4) + record_of(5), pages_from(6) + ending(), state::completed, "", true},
         {"a page of which it has the only copy", false, true, record_of(4) + eos(), pages_from(5) + ending(), state::completed, ""},
         {"it never comes", false, false, {}, pages_from(4) + ending(), state::completed, ""},
         {"another block", true, true, record_of(4, "vga"), {}, state::postcopy_paused, "preempt channel: "},
@@ -756,6 +850,7 @@ TEST_CASE("a channel for the pages that somebody waits for comes whenever it com
         looking_machine ours;
         migration::parameters settings = with_postcopy();
         settings.postcopy_preempt = true;
+        if (one.stays_open) settings.peer_timeout = 0s; // or it would be over all the same, later
         migration::destination destination(ours.state, ours.control, settings);
         REQUIRE(message_of(destination.listen("tcp:127.0.0.1:0")) == "");
         result<void> outcome = error(errc::io);
@@ -780,11 +875,15 @@ TEST_CASE("a channel for the pages that somebody waits for comes whenever it com
         };
         const state ran = wait_for({state::postcopy_active});
         if (!one.early && one.connects) preempt = connect_to();
+        if (one.stays_open) {
+            sent = sent && preempt && send(*main, one.main);
+            std::this_thread::sleep_for(50ms); // so that it is likely to wait for the other channel
+        }
         if (preempt) {
             sent = sent && send(*preempt, one.sent);
-            static_cast<void>(preempt->close());
+            if (!one.stays_open) static_cast<void>(preempt->close());
         }
-        if (!one.main.empty()) sent = sent && send(*main, one.main);
+        if (!one.stays_open && !one.main.empty()) sent = sent && send(*main, one.main);
         const state end = wait_for({state::postcopy_paused});
         const std::string said = destination.status().error_desc.message();
         destination.cancel();
@@ -821,4 +920,9 @@ TEST_CASE("parameters that don't go together are refused before anything is awai
         REQUIRE(outcome.has_error());
         CHECK_THAT(outcome.error().message(), contains(one.said));
     }
+    looking_machine ignoring(backing::anonymous, {.name = "small", .capabilities = {"x-ignore-shared"}});
+    migration::destination destination(ignoring.state, ignoring.control, with_postcopy());
+    const result<void> outcome = destination.run("tcp:127.0.0.1:0");
+    REQUIRE(outcome.has_error());
+    CHECK_THAT(outcome.error().message(), contains("expected postcopy_ram or x-ignore-shared, found both"));
 }

@@ -969,6 +969,58 @@ TEST_CASE("memory that postcopy can't work with is refused with the reason, befo
     }
 }
 
+TEST_CASE("whether memory can be discarded is tried, and the refusal says what to change") {
+    constexpr std::uint64_t size = 4 * page_size;
+    const auto tried = [](const ram_block& block) {
+        const result<void> done = try_discard(block);
+        if (!done) CHECK(done.error() == errc::unsupported);
+        return done ? std::string("no error") : done.error().message();
+    };
+    for (const kind what : {kind::anonymous, kind::memfd}) {
+        INFO(name_of(what));
+        const result<ram_memory> memory = memory_of(what, size);
+        REQUIRE(memory.has_value());
+        ram_section ram;
+        ram_block& block = add_block(ram, "pc.ram", *memory);
+        CHECK(tried(block) == "no error");
+        page_bitmap all(4);
+        all.set_range(0, 4);
+        CHECK(check_absent(block, all, page_size)); // nothing is left there
+        memory->span()[2 * page_size] = std::byte{1};
+        const result<void> there = check_absent(block, all, page_size);
+        REQUIRE_FALSE(there);
+        CHECK_THAT(there.error().message(), contains("pc.ram: bad RAM record: expected memory that is missing until its pages come, found a page at 8192"));
+        all.clear_range(2, 1);
+        CHECK(check_absent(block, all, page_size));
+    }
+    const result<ram_memory> memory = memory_of(kind::memfd, size);
+    REQUIRE(memory.has_value());
+    ram_section ram;
+    ram_block& block = add_block(ram, "pc.ram", *memory);
+    const unique_fd read_only(::open(("/proc/self/fd/" + std::to_string(memory->file().fd)).c_str(), O_RDONLY | O_CLOEXEC));
+    REQUIRE(read_only);
+    block.options.file = {read_only.get(), 0};
+    CHECK_THAT(tried(block), contains("pc.ram/postcopy: unsupported: expected ram_options.file open for writing"));
+    const result<ram_memory> another = memory_of(kind::memfd, size);
+    REQUIRE(another.has_value());
+    block.options.file = another->file();
+    CHECK_THAT(tried(block), contains("ram_options.file that is the one mapped"));
+    block.options.file = {};
+    CHECK(tried(block) == "no error");
+    if (::mlock(memory->span().data(), memory->span().size()) == 0) {
+        CHECK_THAT(tried(block), contains("ram_options.file of the shared mapping, or memory that isn't locked"));
+        ::munlock(memory->span().data(), memory->span().size());
+    }
+    constexpr int future_write = 0x0010; // F_SEAL_FUTURE_WRITE, Linux 5.1
+    const unique_fd sealed(::memfd_create("sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    REQUIRE(sealed);
+    REQUIRE(::ftruncate(sealed.get(), size) == 0);
+    const result<ram_memory> mapped = ram_memory::file(sealed.get(), 0, size);
+    REQUIRE(mapped.has_value());
+    if (::fcntl(sealed.get(), F_ADD_SEALS, future_write) != 0) return skip("a kernel without F_SEAL_FUTURE_WRITE");
+    CHECK_THAT(tried(add_block(ram, "sealed", *mapped)), contains("ram_options.file without F_SEAL_WRITE and F_SEAL_FUTURE_WRITE"));
+}
+
 TEST_CASE("a file system that knows no userfaultfd is refused by name") {
     if (!may_run()) return;
     std::string path = std::string(VMSTATE_GUESTS_DIR) + "/postcopy-XXXXXX";

@@ -34,6 +34,7 @@
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/migration/uninvited_channels.hpp>
 #include <vmstate/postcopy/observer.hpp>
+#include <vmstate/postcopy/support.hpp>
 #include <vmstate/ram/present_pages.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/connector.hpp>
@@ -266,6 +267,7 @@ private:
     /// `address`: where `accept` is to listen, where it does and isn't yet.
     result<void> run_with(const channel_acceptor& accept, bool several_channels, std::string_view address = {}) {
         if (result<void> fit = check(settings_, several_channels); !fit) return fit;
+        if (result<void> fit = settings_.postcopy_ram ? check_postcopy_machine(machine_) : result<void>(); !fit) return fit;
         {
             const std::lock_guard lock(channel_mutex_);
             if (inside_.exchange(true)) return under_way();

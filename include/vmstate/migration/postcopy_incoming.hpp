@@ -45,6 +45,7 @@
 #include <vmstate/postcopy/state.hpp>
 #include <vmstate/postcopy/statistics.hpp>
 #include <vmstate/postcopy/support.hpp>
+#include <vmstate/ram/present_pages.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/connector.hpp>
 
@@ -95,13 +96,15 @@ public:
             advised_.push_back(who);
             if (result<void> told = who->advise(*ram); !told) return std::move(told.error()).within("postcopy");
         }
-        return settings_.postcopy_preempt ? start_preempt() : result<void>();
+        return settings_.postcopy_preempt ? start_preempt(false) : result<void>();
     }
     result<void> blocks_listed() override {
         if (progress_.now() == postcopy_state::none) return {};
         const ram_section& ram = *machine_.ram();
         for (ram_block* const block : ram.stream_order()) {
             if (ram.is_ignored(*block)) continue;
+            // All of it comes. Found out now, the source has a guest to stay with.
+            if (result<void> gone = try_discard(*block); !gone) return gone;
             received_.add(*block);
             blocks_.emplace(block->name, block);
         }
@@ -141,11 +144,15 @@ public:
         faults_.emplace(*placer_, requests_, statistics_, [this](const error& why) { broken(error(why).within("faults")); });
         for (postcopy_observer* const who : advised_)
             placer_->on_placed([who](ram_block& block, std::uint64_t offset, std::uint64_t size) { who->placed(block, offset, size); });
+        placer_->on_placed([this](ram_block&, std::uint64_t, std::uint64_t) { count_placed(); });
         if (result<void> started = placer_->start(); !started) return started;
         if (result<void> started = faults_->start(); !started) return started;
         if (result<void> asked = ask(); !asked) return asked;
         for (postcopy_observer* const who : advised_)
             if (result<void> told = who->listen(*faults_); !told) return std::move(told.error()).within("postcopy");
+        // From here on nothing comes into being but what is placed.
+        for (const auto& [block, owed] : owed_)
+            if (result<void> absent = check_absent(*block, owed.pages, received_.page_size()); !absent) return absent;
         {
             const std::lock_guard lock(session_mutex_);
             listening_ = true;
@@ -192,15 +199,10 @@ public:
     /// thread is left.
     result<void> wait() {
         if (listen_.joinable()) listen_.join();
-        // The pages that somebody waited for may still be on their way through the other channel.
-        if (preempt_.joinable() && find_missing()) {
-            std::unique_lock lock(session_mutex_);
-            const auto ended = [&] { return failure_.has_value() || preempt_ended_; };
-            if (settings_.peer_timeout.count() == 0) changed_.wait(lock, ended);
-            else changed_.wait_for(lock, settings_.peer_timeout, ended);
-        }
+        if (preempt_.joinable()) await_last_pages();
         end_preempt();
-        std::optional<error> missing = find_missing();
+        found_pages none{owed_.begin()};
+        std::optional<error> missing = find_missing(none);
         const std::lock_guard lock(session_mutex_);
         if (!failure_ && !running_) failure_ = error(errc::bad_command, "POSTCOPY_RUN before the end", "none").within("postcopy");
         if (!failure_) failure_ = std::move(missing);
@@ -220,7 +222,7 @@ public:
         // QEMU 7.2 asks for the bitmaps without having asked for a way back.
         if (result<void> opened = back_.open(*main_); !opened) return opened;
         if (settings_.postcopy_preempt)
-            if (result<void> started = start_preempt(); !started) return started;
+            if (result<void> started = start_preempt(true); !started) return started;
         return start_listening([this] {
             buffered_reader in(*main_);
             return serve_main(in, ram_record_reader(received_.page_size()), false);
@@ -318,21 +320,51 @@ private:
             return back_.send(static_cast<return_message>(message.type()), message.payload());
         });
     }
-    /// Of what was thrown away, the first page that didn't come; or a page that somebody waits for.
-    std::optional<error> find_missing() const {
-        const auto missing = [](const ram_block& block, std::uint64_t offset) {
-            return std::move(
-                error(errc::bad_ram, "every page by the end", "none at " + std::to_string(offset)).within(block.name));
-        };
-        for (const auto& [block, owed] : owed_)
-            for (page_run run = owed.pages.find_next_run(0); run.count != 0; run = owed.pages.find_next_run(run.first + run.count))
-                for (std::size_t page = run.first; page != run.first + run.count; ++page)
-                    if (!received_.has(*block, page * received_.page_size(), received_.page_size()))
-                        return missing(*block, page * received_.page_size());
+    /// Of what was thrown away, what was looked at and found.
+    struct found_pages {
+        std::map<const ram_block*, discarded_pages>::const_iterator block;
+        std::size_t page = 0;
+    };
+    /// Behind them, the first page that didn't come; or a page that somebody waits for.
+    std::optional<error> find_missing(found_pages& done) const {
+        for (; done.block != owed_.end(); ++done.block, done.page = 0) {
+            const auto& [block, owed] = *done.block;
+            for (page_run run = owed.pages.find_next_run(done.page); run.count != 0; run = owed.pages.find_next_run(done.page))
+                for (done.page = run.first; done.page != run.first + run.count; ++done.page)
+                    if (!received_.has(*block, done.page * received_.page_size(), received_.page_size()))
+                        return std::move(error(errc::bad_ram, "every page by the end",
+                            "none at " + std::to_string(done.page * received_.page_size()))
+                                             .within(block->name));
+        }
         if (requests_.waiting() != 0)
             return error(errc::bad_ram, "every page by the end",
                 std::to_string(requests_.waiting()) + " that were asked for are missing");
         return std::nullopt;
+    }
+    /// The pages that somebody waited for may still be on their way through the other channel, whose end needn't come: QEMU's
+    /// source (8.0) leaves it open, and so we end it. For as long as pages come.
+    void await_last_pages() {
+        found_pages done{owed_.begin()};
+        awaiting_.store(true);
+        for (;;) {
+            // Before the look: a page that comes behind it changes this.
+            const std::uint64_t before = placed_.load();
+            if (!find_missing(done)) break;
+            std::unique_lock lock(session_mutex_);
+            const auto changed = [&] { return failure_.has_value() || preempt_ended_ || placed_.load() != before; };
+            if (settings_.peer_timeout.count() == 0) changed_.wait(lock, changed);
+            else changed_.wait_for(lock, settings_.peer_timeout, changed);
+            if (placed_.load() == before) break;
+        }
+        awaiting_.store(false);
+    }
+    /// On the thread that placed a page, when all others have been told.
+    void count_placed() {
+        placed_.fetch_add(1);
+        if (!awaiting_.load()) return;
+        // So that who looked before this waits by now.
+        { const std::lock_guard lock(session_mutex_); }
+        changed_.notify_all();
     }
 
     // ---- the listen thread
@@ -384,6 +416,7 @@ private:
     /// The rest of the main stream: pages, PINGs, the end. After a break, the commands of a recovery before.
     result<void> serve_main(reader& in, ram_record_reader records, bool resumed) {
         main_stream at{{in, records, page_assembler(*placer_, pages_together), find(records.block())}, !resumed, resumed};
+        if (!resumed) at.assembler.drop();
         result<void> done;
         bool ended = false;
         while (done && !ended) done = serve_item(at, ended);
@@ -546,9 +579,9 @@ private:
 
     // ---- the thread of the preempt channel
 
-    result<void> start_preempt() {
-        return start(preempt_, [this] {
-            if (result<void> done = serve_preempt(); !done) broken(done.error().within("preempt channel"));
+    result<void> start_preempt(bool recovered) {
+        return start(preempt_, [this, recovered] {
+            if (result<void> done = serve_preempt(recovered); !done) broken(done.error().within("preempt channel"));
             {
                 const std::lock_guard lock(session_mutex_);
                 preempt_ended_ = true;
@@ -557,7 +590,7 @@ private:
         });
     }
     /// Waits for the source to connect, early or late, and for POSTCOPY_LISTEN; then places what comes.
-    result<void> serve_preempt() {
+    result<void> serve_preempt(bool recovered) {
         std::stop_token stop;
         {
             const std::lock_guard lock(session_mutex_);
@@ -577,6 +610,7 @@ private:
         }
         buffered_reader in(*channel);
         page_stream at{in, ram_record_reader(received_.page_size()), page_assembler(*placer_)};
+        if (recovered) at.assembler.drop();
         result<void> done = serve_preempt_pages(at);
         const std::lock_guard lock(session_mutex_);
         bytes_ += in.offset();
@@ -627,6 +661,9 @@ private:
     page_requests requests_;
     std::optional<page_placer> placer_;
     std::optional<fault_thread> faults_;
+
+    std::atomic<std::uint64_t> placed_ = 0; ///< host pages
+    std::atomic<bool> awaiting_ = false;    ///< the last of them
 
     mutable std::mutex statistics_mutex_; ///< interruptions_
     std::uint64_t interruptions_ = 0;
