@@ -343,6 +343,12 @@ TEST_CASE("what can't go in postcopy is refused before anything is sent") {
     std::vector<std::byte> more(3 * page);
     from.state.add_ram("odd", more, {.host_page_size = 2 * page});
     CHECK_THAT(refusal({.postcopy_ram = true}), contains("odd") && contains("whole host pages"));
+    small_machine ignoring(64, {.machine = {.name = "small", .capabilities = {"x-ignore-shared"}}});
+    auto [ours, theirs] = make_pair();
+    migration::source source(ignoring.state, ignoring.control, {.postcopy_ram = true});
+    const result<void> started = source.start(std::move(ours));
+    REQUIRE(started.has_error());
+    CHECK_THAT(started.error().message(), contains("expected postcopy_ram or x-ignore-shared, found both"));
 }
 
 TEST_CASE("each host page is claimed once, by whoever comes first, and what nobody waits for goes on behind the last request") {

@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -452,6 +453,45 @@ TEST_CASE("wherever the connection breaks from the guest's stop on, it runs on a
     CHECK(broken > places / 8);
     if (what.at_source && what.channel == 0) CHECK(kept > places / 16);
     leaks.check(places);
+}
+
+TEST_CASE("a large page that is paid for slowly doesn't look like a source that has gone") {
+    if (!can_postcopy()) return;
+    constexpr std::size_t large = 128 << 10;
+    std::vector<std::byte> at_source(2 * large, std::byte{0x17});
+    const auto at_destination = ram_memory::anonymous(3 * large);
+    REQUIRE(at_destination.has_value());
+    const std::size_t before = large - reinterpret_cast<std::uintptr_t>(at_destination->span().data()) % large;
+    const std::span<std::byte> there = at_destination->span().subspan(before % large, 2 * large);
+    machine from{{.name = "checked"}};
+    machine to{{.name = "checked"}};
+    REQUIRE(from.add_ram("ram", at_source, {.host_page_size = large}));
+    REQUIRE(to.add_ram("ram", there, {.host_page_size = large}));
+    // A page is paid for in more than twice the time that the destination waits.
+    const migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 4096, .postcopy_ram = true,
+        .max_postcopy_bandwidth = 48 << 10, .peer_timeout = 1s};
+    migration::guest standing;
+    switchboard lines;
+    migration::destination destination(to, standing, settings);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(lines.acceptor()); });
+    migration::source source(from, standing, settings);
+    const result<void> started = source.start(lines.connector());
+    if (started) CHECK(source.start_postcopy());
+    CHECK(wait_for([&] { return is_final(source.status().state) || is_paused(source) || is_paused(destination); }));
+    const std::string why = destination.status().error_desc.message();
+    if (is_paused(source)) CHECK(source.give_up());
+    const result<void> left = source.wait();
+    if (!left) {
+        destination.cancel();
+        destination.give_up();
+    }
+    receiving.join();
+    INFO(why);
+    REQUIRE(message_of(left) == "");
+    REQUIRE(message_of(arrived) == "");
+    CHECK(destination.status().postcopy.interruptions == 0);
+    CHECK(std::equal(there.begin(), there.end(), at_source.begin()));
 }
 
 TEST_CASE("a guest that goes back and forth in postcopy finds every page each time") {

@@ -50,16 +50,6 @@ inline result<void> check_postcopy_memory(const machine& of) {
     return {};
 }
 
-/// What POSTCOPY_ADVISE says of the blocks that are sent (QEMU: ram_pagesize_summary).
-inline std::uint64_t advised_page_sizes(const machine& of) {
-    std::uint64_t summary = 0;
-    if (const ram_section* const ram = of.ram())
-        for (const std::unique_ptr<ram_block>& block : ram->blocks())
-            if (!block->options.shared || !of.options().has_capability("x-ignore-shared"))
-                summary |= block->options.host_page_size;
-    return summary;
-}
-
 /// Target pages that whoever has them sends, and nobody else: whole host pages, of one block.
 struct page_claim {
     std::size_t number = 0; ///< the block's

@@ -45,6 +45,9 @@ inline constexpr std::uint32_t ping_loaded = 3;
 /// The value of the PING behind RUN, wherever that is.
 inline constexpr std::uint32_t ping_run = 4;
 
+/// The value of the PINGs of which nothing but their coming counts.
+inline constexpr std::uint32_t ping_still_there = 1;
+
 /// What went out in postcopy, on all channels of all connections.
 struct postcopy_counts {
     std::uint64_t requests = 0;  ///< that came
@@ -112,7 +115,10 @@ public:
         main_.reset();
     }
     stream_saver& saver() noexcept { return main_->saver; }
-    result<void> flush() { return main_->flush(bytes_); }
+    result<void> flush() {
+        heard_at_ = clock::now();
+        return main_->flush(bytes_);
+    }
     /// From now on what is asked for leaves at once over the urgent channel, where there is one.
     void serve_requests() {
         const std::lock_guard lock(urgent_mutex_);
@@ -128,15 +134,21 @@ public:
         return flush();
     }
     /// The rest of the memory in PART sections, at most `bandwidth()` bytes per second of what nobody waits for (0: no
-    /// limit), and the stream's end. `fine()` is asked between the sections, and may end it.
+    /// limit), and the stream's end. Where that leaves nothing to be sent for so long, a large page being paid for, a PING
+    /// says every `silence` (0: never) that we are there. `fine()` is asked between the sections, and may end it.
     template <class Bandwidth, class Fine>
-    result<void> send_rest(Bandwidth bandwidth, Fine fine) {
+    result<void> send_rest(Bandwidth bandwidth, std::chrono::milliseconds silence, Fine fine) {
         meter_.start(background_);
+        heard_at_ = clock::now();
         while (pages_.remaining() != 0) {
             if (result<void> is = fine(); !is) return is;
             const std::uint64_t most = bandwidth();
             if (meter_.is_spent(background_, most) && queue_.empty()) {
                 release_acknowledged();
+                if (silence.count() != 0 && clock::now() - heard_at_ >= silence) {
+                    put_ping(ping_still_there);
+                    if (result<void> sent = flush(); !sent) return sent;
+                }
                 queue_.wait_until(meter_.window_end());
             } else if (result<void> sent = send_part(most); !sent) {
                 return sent;
@@ -385,12 +397,15 @@ private:
         sent_.push_back(claim);
         sent_since_ping_ += claim.pages.count * pages_.page_size();
     }
+    void put_ping(std::uint32_t value) {
+        std::array<std::byte, 4> payload;
+        vmstate::detail::store_big(payload.data(), value);
+        main_->saver.put_command(command::ping, payload);
+    }
     void ping_if_due() {
         if (sent_since_ping_ < ping_distance) return;
         sent_since_ping_ = 0;
-        std::array<std::byte, 4> payload;
-        vmstate::detail::store_big(payload.data(), ping_what_has_arrived);
-        main_->saver.put_command(command::ping, payload);
+        put_ping(ping_what_has_arrived);
         unacknowledged_.push_back(std::exchange(sent_, {}));
     }
     void release_acknowledged() {
@@ -424,6 +439,7 @@ private:
     // the migration thread's
     std::optional<main_stream> main_;
     bandwidth_meter meter_;
+    clock::time_point heard_at_{}; ///< when something went over the main channel
     std::uint64_t background_ = 0; ///< bytes of pages that nobody waited for
     sent_run sent_;                ///< since the last PING
     std::uint64_t sent_since_ping_ = 0;

@@ -56,6 +56,7 @@
 #include <vmstate/migration/ram_sender.hpp>
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/postcopy/page_request.hpp>
+#include <vmstate/postcopy/support.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/buffered_writer.hpp>
 #include <vmstate/stream/connector.hpp>
@@ -251,7 +252,9 @@ private:
     result<void> check_all(bool several_channels) {
         if (result<void> fit = machine_.check(); !fit) return fit;
         if (result<void> fit = check(parameters(), several_channels); !fit) return fit;
-        return parameters().postcopy_ram ? check_postcopy_memory(machine_) : result<void>();
+        if (!parameters().postcopy_ram) return {};
+        if (result<void> fit = check_postcopy_machine(machine_); !fit) return fit;
+        return check_postcopy_memory(machine_);
     }
     result<void> begin(channel_connector connect) {
         may_switch_.store(false);
@@ -479,7 +482,8 @@ private:
         if (settings.postcopy_ram) {
             if (!has_return_path()) return error(errc::invalid_argument, "a return path for postcopy-ram", "none");
             std::array<std::byte, 16> advice;
-            std::byte* const end = vmstate::detail::store_big(advice.data(), advised_page_sizes(machine_));
+            const std::uint64_t page_sizes = machine_.ram() != nullptr ? machine_.ram()->page_size_summary() : 0;
+            std::byte* const end = vmstate::detail::store_big(advice.data(), page_sizes);
             vmstate::detail::store_big(end, std::uint64_t{machine_.options().guest_page_size()});
             stream.saver.put_command(command::postcopy_advise, advice);
         }
@@ -907,7 +911,8 @@ private:
             account_postcopy();
             return check_peer();
         };
-        result<void> done = postcopy_->send_rest([&] { return parameters().max_postcopy_bandwidth; }, fine);
+        result<void> done = postcopy_->send_rest(
+            [&] { return parameters().max_postcopy_bandwidth; }, parameters().peer_timeout / 4, fine);
         if (done) done = await_last_word(parameters());
         monitor_.update([&](migration::status& at) {
             count_postcopy(at);
