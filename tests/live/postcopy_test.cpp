@@ -385,6 +385,7 @@ TEST_CASE("wherever the connection breaks from the guest's stop on, it runs on a
         place{"the preempt channel, at the destination", true, false, &outcome::bytes_urgent, 1, false});
     CAPTURE(what.what);
     const std::size_t places = is_soak() ? 200 : 30;
+    const std::size_t least_breaks = is_soak() ? 29 : 5; // each; in all seven ways 200 and 30
     constexpr std::size_t small = 512; // pages
     // Or it would be over before it is told to go on in postcopy.
     const migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true,
@@ -425,8 +426,11 @@ TEST_CASE("wherever the connection breaks from the guest's stop on, it runs on a
     const std::uint64_t length = whole.*what.length;
     REQUIRE(length != 0);
     const leak_check leaks;
-    std::size_t broken = 0, kept = 0;
-    for (std::size_t i = 0; i != places; ++i) {
+    std::size_t broken = 0, kept = 0, tried = 0;
+    // How much goes over a channel differs from time to time: where too few of the places lie within what goes, they are
+    // tried again.
+    for (; tried < places || (broken < least_breaks && tried < 3 * places); ++tried) {
+        const std::size_t i = tried % places;
         // What is asked for differs from time to time: half of the places are at the beginning of what follows the guest's
         // stop, or RUN.
         const moment when = i % 4 == 3 ? moment::run : moment::stop;
@@ -450,9 +454,9 @@ TEST_CASE("wherever the connection breaks from the guest's stop on, it runs on a
         if (seen.pauses != 0) ++broken;
         if (!seen.arrived) ++kept;
     }
-    CHECK(broken > places / 8);
+    CHECK(broken >= least_breaks);
     if (what.at_source && what.channel == 0) CHECK(kept > places / 16);
-    leaks.check(places);
+    leaks.check(tried);
 }
 
 TEST_CASE("a large page that is paid for slowly doesn't look like a source that has gone") {
