@@ -328,6 +328,29 @@ TEST_CASE("a postcopy whose destination goes away pauses, and a recovery that fa
     leaks.check(16 * std::size(deeds)); // with four threads each time, of which a sanitizer remembers something
 }
 
+TEST_CASE("a guest isn't stopped for postcopy either before the destination's SWITCHOVER_ACK, which isn't awaited for ever") {
+    const bool acknowledged = GENERATE(false, true);
+    CAPTURE(acknowledged);
+    small_machine from(page_count);
+    fill(from);
+    from.start();
+    auto [ours, theirs] = make_pair();
+    std::vector<scripted_destination::line> script{{run_command, {}}};
+    if (acknowledged) script.push_back({{8, 0, 1, 0, 0}, message(7, {})}); // to OPEN_RETURN_PATH
+    scripted_destination destination(std::move(theirs), std::move(script));
+    migration::source source(from.state, from.control, {.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .switchover_ack = true,
+        .postcopy_ram = true, .peer_timeout = 500ms});
+    REQUIRE(source.start(std::move(ours)));
+    REQUIRE(source.start_postcopy());
+    CHECK(wait_for([&] { return is_final(source.status().state) || source.status().state == state::postcopy_paused; }));
+    CHECK(source.status().state == (acknowledged ? state::postcopy_paused : state::failed));
+    CHECK(from.stops == (acknowledged ? 1 : 0));
+    static_cast<void>(source.give_up());
+    const result<void> left = source.wait();
+    REQUIRE_FALSE(left);
+    if (!acknowledged) CHECK_THAT(left.error().message(), contains("no SWITCHOVER_ACK from the destination"));
+}
+
 TEST_CASE("what can't go in postcopy is refused before anything is sent") {
     small_machine from(64);
     const auto refusal = [&](const migration::parameters& settings) {

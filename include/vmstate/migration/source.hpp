@@ -139,9 +139,9 @@ public:
         monitor_.wake();
         return {};
     }
-    /// Goes on in postcopy (QEMU: migrate-start-postcopy): the guest stops here as soon as the migration is under way, and
-    /// runs at the destination. With `postcopy_ram` alone. Twice, or after the end, is harmless; so is too late, when the
-    /// rest of the memory goes over anyway.
+    /// Goes on in postcopy (QEMU: migrate-start-postcopy): the guest stops here as soon as the migration is under way, with
+    /// `switchover_ack` when the destination is ready, and runs there. With `postcopy_ram` alone. Twice, or after the end, is
+    /// harmless; so is too late, when the rest of the memory goes over anyway.
     result<void> start_postcopy() {
         if (!parameters().postcopy_ram) return error(errc::invalid_argument, "postcopy_ram among the parameters", "none");
         if (monitor_.now() == state::none) return error(errc::invalid_argument, "a migration under way", "none");
@@ -547,13 +547,13 @@ private:
         for (;;) {
             if (result<void> fine = check_peer(); !fine) return fine;
             const migration::parameters settings = parameters();
-            if (postcopy_wanted_.load()) {
+            const bool may_switch = is_destination_ready(settings);
+            if (may_switch && postcopy_wanted_.load()) {
                 // A destination that refuses the machine says so to the setup, which costs the guest nothing.
                 if (result<void> read = await_answer("PONG", [&] { return setup_read_.load(); }); !read) return read;
                 to_postcopy_ = true;
                 return {};
             }
-            const bool may_switch = !settings.switchover_ack || switchover_acked_.load();
             if (!may_switch)
                 if (result<void> patient = await_switchover_ack(stream, settings); !patient) return patient;
             if (may_switch && is_little_left(stream, settings)) {
@@ -568,7 +568,7 @@ private:
             } else {
                 // The destination isn't ready. What the guest writes meanwhile need not wait for it.
                 if (result<void> sent = keep_alive(stream, settings); !sent) return sent;
-                sleep_until_window_ends(settings.switchover_ack);
+                sleep_until_window_ends(settings);
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
             }
             account(stream);
@@ -576,7 +576,7 @@ private:
     }
     /// Nothing but the destination's SWITCHOVER_ACK keeps the guest from being stopped: not for longer than a peer may take.
     result<void> await_switchover_ack(const outgoing& stream, const migration::parameters& settings) {
-        if (!ready_since_ && is_little_left(stream, settings)) ready_since_ = clock::now();
+        if (!ready_since_ && (postcopy_wanted_.load() || is_little_left(stream, settings))) ready_since_ = clock::now();
         if (!ready_since_ || settings.peer_timeout.count() == 0 || clock::now() - *ready_since_ < settings.peer_timeout) return {};
         return error(errc::io, {}, "no SWITCHOVER_ACK from the destination").within("return path");
     }
@@ -590,6 +590,10 @@ private:
         heard_at_ = now;
         sent_when_heard_ = stream.sent();
         return stream.out.flush();
+    /// Whether the destination is as far as it has to be; in postcopy, too.
+    bool is_destination_ready(const migration::parameters& settings) const {
+        return !settings.switchover_ack || switchover_acked_.load();
+    }
     }
     /// Whether what is left, and what goes again since nobody logs it, can be sent in the time that the guest may stand still.
     /// Where the latter alone can't, waiting doesn't change that: then it is what is left that counts.
@@ -608,7 +612,7 @@ private:
     /// One PART: as much as goes out in 50 ms, or as the bandwidth allows in this window.
     result<void> send_part(outgoing& stream, const migration::parameters& settings) {
         if (meter_.is_spent(stream.sent(), settings.max_bandwidth)) {
-            sleep_until_window_ends(false);
+            sleep_until_window_ends(settings);
             return {};
         }
         // What was never touched comes last: by then the destination may have told that it needn't.
@@ -621,7 +625,7 @@ private:
             return static_cast<std::size_t>(std::clamp<std::uint64_t>(pages, 1, 64));
         };
         while (stream.ram.send(batch()) && stream.ram.has_dirty() == dirty && clock::now() < enough &&
-               !meter_.is_spent(stream.sent(), settings.max_bandwidth) && !postcopy_wanted_.load()) {
+               !meter_.is_spent(stream.sent(), settings.max_bandwidth) && !(postcopy_wanted_.load() && is_destination_ready(settings))) {
         }
         stream.ram.end_section();
         return stream.out.flush();
@@ -637,10 +641,12 @@ private:
         const std::lock_guard lock(answer_mutex_);
         for (const std::uint32_t number : zero_blocks_) stream.ram.leave_out_absent(number);
     }
-    void sleep_until_window_ends(bool or_ready) {
+    /// Or until the destination is ready, where it wasn't, or postcopy is wanted of one that is.
+    void sleep_until_window_ends(const migration::parameters& settings) {
+        const bool was_ready = is_destination_ready(settings);
         monitor_.wait_until(meter_.window_end(), [&](const migration::status& at) {
-            return at.state == state::cancelling || peer_has_spoken_.load() || postcopy_wanted_.load() ||
-                   (or_ready && switchover_acked_.load());
+            return at.state == state::cancelling || peer_has_spoken_.load() ||
+                   (is_destination_ready(settings) && (!was_ready || postcopy_wanted_.load()));
         });
     }
     void account(outgoing& stream) {
