@@ -309,6 +309,33 @@ TEST_CASE("a running QEMU goes on in postcopy to us, and the guest goes on in an
     send_on(original, ours);
 }
 
+TEST_CASE("a QEMU with postcopy-preempt learns that a destination of ours without doesn't read what it sends there") {
+    VMSTATE_REQUIRE_QEMU();
+    if (!can_postcopy()) return;
+    way how{.machine = "microvm", .preempt = true};
+    counting_qemu original(how.machine);
+    qemu& first = *original.first;
+    configure(first, how);
+    how.preempt = false;
+    machine_of_ours ours(*original.schema, false);
+    vmstate::load_options loading = vmstate::carry_unknown();
+    loading.description = &original.schema->description;
+    vmstate::migration::destination destination(ours.image.machine, ours.guest, settings_for(how), loading);
+    REQUIRE(message_of(destination.listen("unix:" + (original.directory / "to-us").string())) == "");
+    vmstate::result<void> arrived = vmstate::error(vmstate::errc::io);
+    beside(destination, [&] { arrived = destination.run(); }, [&] {
+        first.execute("migrate", {{"uri", destination.uri()}});
+        wait_status(first, {"active", "failed"});
+        first.execute("migrate-start-postcopy");
+        const std::string status = wait_status(first, {"completed", "failed", "postcopy-paused"});
+        CHECK((status == "postcopy-paused" || status == "failed"));
+        destination.cancel();
+        destination.give_up();
+    });
+    ours.join();
+    CHECK(arrived.has_error());
+}
+
 namespace {
 
 /// Gives a destination's channels away one after the other; each breaks after so many bytes, in both directions.

@@ -515,3 +515,24 @@ TEST_CASE("what fails before the guest is run there leaves it here") {
     CHECK(from.stops == from.starts);
     CHECK(message_of(source.start_postcopy()) == "");
 }
+
+TEST_CASE("a QEMU without postcopy-preempt is refused by a source of ours with it, before the guest is stopped") {
+    VMSTATE_REQUIRE_QEMU();
+    const bool tcp = GENERATE(false, true);
+    CAPTURE(tcp);
+    busy_machine from;
+    waiting_qemu destination(tcp, false, true);
+    vmstate::migration::source source(
+        from.machine(), from.guest, {.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .postcopy_preempt = true});
+    REQUIRE(message_of(source.start(destination.address())) == "");
+    CHECK(message_of(source.start_postcopy()) == "");
+    const bool over = wait_for([&] { return is_final(source.status().state); });
+    if (!over) {
+        static_cast<void>(source.pause());
+        wait_for([&] { return source.give_up().has_value(); });
+    }
+    const auto left = source.wait();
+    CHECK(over);
+    CHECK_THAT(message_of(left), contains("preempt channel"));
+    CHECK(from.stops == 0);
+}

@@ -358,7 +358,15 @@ private:
             const std::lock_guard lock(channel_mutex_);
             listener_.reset();
         }
-        return refuse_uninvited();
+        if (result<void> nobody = refuse_uninvited(); !nobody) return nobody;
+        // One may be for pages that the guest is to wait for: its source has to see, before it stops the guest, that nobody
+        // reads there. One of multifd whose first packet is late hears of it, too.
+        if (is_postcopy_advised()) uninvited_.close();
+        return {};
+    }
+    bool is_postcopy_advised() const {
+        const std::lock_guard lock(channel_mutex_);
+        return postcopy_ && postcopy_->now() != postcopy_state::none;
     }
     /// Of those who have connected before: what tells them apart may have come later. Who has no part in this doesn't matter.
     result<void> refuse_uninvited() const {
@@ -568,6 +576,11 @@ private:
     machine& machine_;
     guest& guest_;
     migration::parameters settings_;
+        // As at first: what would be for urgent pages is refused.
+        if (!settings_.postcopy_preempt) {
+            const std::lock_guard lock(channel_mutex_);
+            listener_.reset();
+        }
     load_options loading_;
     std::vector<postcopy_observer*> observers_;
     detail::monitor monitor_;

@@ -539,6 +539,13 @@ private:
     }
 
     // ---- the guest runs
+    /// A destination without postcopy-preempt lets nobody in behind the main channel. What goes over a channel that it
+    /// doesn't read would be missing there for ever.
+    result<void> check_urgent_channel() const {
+        if (!urgent_channel_ || !urgent_channel_->is_ended()) return {};
+        return error(errc::invalid_argument, "a destination with postcopy-preempt, as here", "one that has closed the channel for it")
+            .within("preempt channel");
+    }
 
     result<void> precopy(outgoing& stream) {
         active_since_ = clock::now();
@@ -559,6 +566,7 @@ private:
             if (may_switch && is_little_left(stream, settings)) {
                 leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
                 if (result<void> fine = check_peer(); !fine) return fine;
+                if (result<void> there = check_urgent_channel(); !there) return there;
                 // Only now ask the logs: each time costs the guest.
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
                 if (is_little_left(stream, settings)) return {};
@@ -822,6 +830,7 @@ private:
             if (result<void> loaded = await_loaded(settings); !loaded) return loaded;
             postcopy_->saver().put_command(command::postcopy_run);
         }
+        if (result<void> there = check_urgent_channel(); !there) return there;
         if (!monitor_.enter(state::postcopy_active)) return error(errc::io, {}, "cancelled");
         // What leaves now ends with RUN: where it doesn't leave whole, the guest isn't run there.
         if (result<void> sent = runs_later ? postcopy_->flush() : stream.out.flush(); !sent) return sent;
@@ -1022,6 +1031,7 @@ private:
         const auto is_over = [&](const migration::status& at) {
             return at.state == state::cancelling || peer_has_spoken_.load() || done();
         };
+        if (result<void> there = check_urgent_channel(); !there) return there;
         if (!monitor_.wait_for(patience, is_over))
             return error(errc::io, {}, std::string("no ") + which + " from the destination").within("return path");
         if (done()) return {};
