@@ -16,6 +16,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -442,6 +443,7 @@ TEST_CASE("what is wrong once the guest runs is said by name, and is a pause") {
         std::byte seen{1};
         REQUIRE(there.end->send(running()));
         CHECK(there.wait_for({state::postcopy_active}) == state::postcopy_active);
+        for (int i = 0; i != 30'000 && ours.starts == 0; ++i) std::this_thread::sleep_for(1ms);
         // Waits for a page, and for longer than there is a connection.
         std::thread vcpu([&] { seen = ours.read(21 * page); });
         const bool asked = there.end->next().has_value();
@@ -696,7 +698,10 @@ TEST_CASE("RUN behind the package that comes wrong or not at all runs no guest")
     // A source of ours that has it in the package, as older ones do, and sends it once more.
     looking_machine ours;
     running_destination there(ours);
-    static_cast<void>(there.end->send(loaded_without_run(listen() + card() + ping(loaded) + run()) + run()));
+    static_cast<void>(there.end->send(loaded_without_run(listen() + card() + ping(loaded) + run())));
+    // Before, it would be one that comes while the devices are loaded.
+    for (int i = 0; i != 30'000 && ours.starts == 0; ++i) std::this_thread::sleep_for(1ms);
+    static_cast<void>(there.end->send(run()));
     CHECK(there.wait_for({state::postcopy_paused}) == state::postcopy_paused);
     CHECK_THAT(there.destination->status().error_desc.message(), contains("POSTCOPY_RUN"));
     there.destination->give_up();
@@ -925,4 +930,160 @@ TEST_CASE("parameters that don't go together are refused before anything is awai
     const result<void> outcome = destination.run("tcp:127.0.0.1:0");
     REQUIRE(outcome.has_error());
     CHECK_THAT(outcome.error().message(), contains("expected postcopy_ram or x-ignore-shared, found both"));
+}
+
+TEST_CASE("who starts the guest may wait for a page that only the next connection brings, or that never comes") {
+    if (!can_postcopy()) return;
+    const std::string then = GENERATE("recover", "give up", "destroy");
+    CAPTURE(then);
+    looking_machine ours;
+    std::byte seen{1};
+    ours.control.start = [&]() -> result<void> {
+        ++ours.starts;
+        seen = ours.read(21 * page);
+        return {};
+    };
+    running_destination there(ours);
+    REQUIRE(there.end->send(running()));
+    const auto asked = there.end->next();
+    there.end->close();
+    CHECK((asked && start_of(*asked) == 21 * page));
+    CHECK(there.wait_for({state::postcopy_paused}) == state::postcopy_paused);
+    if (then == "recover") {
+        there.recover();
+        static_cast<void>(there.end->send(command_of(command::postcopy_resume)));
+        const auto ack = there.end->next();
+        CHECK((ack && ack->type == migration::return_message::resume_ack));
+        const auto again = there.end->next();
+        CHECK((again && start_of(*again) == 21 * page));
+        static_cast<void>(there.end->send(pages_from(4) + ending()));
+    } else if (then == "give up") {
+        there.destination->give_up();
+    } else {
+        there.destination.reset();
+        there.destination = std::make_unique<migration::destination>(ours.state, ours.control);
+    }
+    there.join();
+    CHECK(ours.starts == 1);
+    CHECK(seen == (then == "recover" ? fill_of(21) : std::byte{0}));
+    CHECK(static_cast<bool>(there.outcome) == (then == "recover"));
+    if (then == "recover") CHECK_FALSE(ours.first_difference());
+}
+
+TEST_CASE("what is thrown while the guest is started or its devices are loaded is told to the source, and ends it") {
+    if (!can_postcopy()) return;
+    const std::string where = GENERATE("start", "vcpu_threads", "post_load");
+    CAPTURE(where);
+    looking_machine ours;
+    const auto fail = [] { throw std::runtime_error("out of luck"); };
+    if (where == "start")
+        ours.control.start = [&]() -> result<void> {
+            fail();
+            return {};
+        };
+    if (where == "vcpu_threads")
+        ours.control.vcpu_threads = [&] {
+            fail();
+            return std::vector<std::uint32_t>();
+        };
+    if (where == "post_load")
+        ours.card.memory = [&](std::uint64_t) {
+            fail();
+            return std::byte{};
+        };
+    running_destination there(ours);
+    REQUIRE(there.end->send(switched(listen() + card(17 * page) + run())));
+    if (where != "post_load") {
+        // Which looks at a page first.
+        CHECK(there.end->next());
+        CHECK(there.end->send(part(record_of(17))));
+    }
+    const auto shut = there.end->next();
+    CHECK((shut && shut->type == migration::return_message::shut && shut->value() == 1));
+    there.join();
+    CHECK_THAT(message_of(there.outcome), contains("out of luck"));
+    CHECK(there.destination->status().state == state::failed);
+    CHECK(ours.starts == 0);
+}
+
+TEST_CASE("an acceptor that throws while the channel for urgent pages is awaited ends the connection, not the process") {
+    if (!can_postcopy()) return;
+    const bool at_once = GENERATE(false, true);
+    CAPTURE(at_once);
+    looking_machine ours;
+    migration::parameters settings = with_postcopy();
+    settings.postcopy_preempt = true;
+    migration::destination destination(ours.state, ours.control, settings);
+    int ends[2];
+    REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    source_end end{unique_fd(ends[1])};
+    std::unique_ptr<input_channel> main = std::make_unique<socket_channel>(unique_fd(ends[0]));
+    std::atomic<bool> runs = false;
+    ours.control.start = [&]() -> result<void> {
+        runs.store(true);
+        runs.notify_all();
+        return {};
+    };
+    result<void> outcome = error(errc::io);
+    std::thread receiving([&] {
+        outcome = destination.run([&](const opening_options&) -> result<std::unique_ptr<input_channel>> {
+            if (main) return std::move(main);
+            if (!at_once) runs.wait(false);
+            throw std::runtime_error("out of luck");
+        });
+    });
+    static_cast<void>(end.send(running()));
+    const auto deadline = std::chrono::steady_clock::now() + 30s;
+    state now = state::none;
+    while (now = destination.status().state, !is_final(now) && now != state::postcopy_paused && std::chrono::steady_clock::now() < deadline)
+        std::this_thread::sleep_for(100us);
+    const std::string why = destination.status().error_desc.message();
+    destination.give_up();
+    receiving.join();
+    // What breaks before POSTCOPY_LISTEN is no postcopy yet; the stream may be read as far as that by then.
+    CHECK((now == state::postcopy_paused || (at_once && now == state::failed)));
+    if (!at_once) CHECK_THAT(why, contains("preempt channel") && contains("out of luck"));
+    CHECK(outcome.has_error());
+}
+
+TEST_CASE("a destination without a channel for urgent pages lets nobody in behind the main channel, in a recovery, too") {
+    if (!can_postcopy()) return;
+    looking_machine ours;
+    migration::destination destination(ours.state, ours.control, with_postcopy());
+    REQUIRE(message_of(destination.listen("tcp:127.0.0.1:0")) == "");
+    std::string address = destination.uri();
+    result<void> outcome = error(errc::io);
+    std::thread receiving([&] { outcome = destination.run(); });
+    const auto wait_for = [](auto done) {
+        for (int i = 0; i != 30'000 && !done(); ++i) std::this_thread::sleep_for(1ms);
+        return done();
+    };
+    const auto send = [](output_channel& to, const bytes& all) {
+        const std::span<const std::byte> whole(all);
+        return static_cast<bool>(to.writev({&whole, 1}));
+    };
+    bool sent = true, connected = true, hung_up = true, paused = true;
+    for (int i = 0; i != 2; ++i) {
+        auto main = connect(address);
+        auto extra = connect(address);
+        connected = connected && main;
+        if (!connected) break;
+        sent = sent && send(**main, i == 0 ? running() : command_of(command::open_return_path));
+        // It may be too late even to connect.
+        hung_up = hung_up && (!extra || wait_for([&] { return (*extra)->is_ended(); }));
+        if (i == 1) break;
+        paused = wait_for([&] { return destination.status().state == state::postcopy_active; });
+        destination.pause();
+        paused = paused && wait_for([&] { return destination.status().state == state::postcopy_paused; });
+        if (!paused || !destination.recover("tcp:127.0.0.1:0")) break;
+        address = destination.uri();
+    }
+    destination.cancel();
+    destination.give_up();
+    receiving.join();
+    CHECK(connected);
+    CHECK(sent);
+    CHECK(hung_up);
+    CHECK(paused);
+    CHECK(outcome.has_error());
 }

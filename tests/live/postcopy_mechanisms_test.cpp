@@ -41,6 +41,7 @@
 #include <random>
 #include <span>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -492,6 +493,32 @@ TEST_CASE("a client that is broken is reported once and no longer asked") {
     at.faults.stop();
     REQUIRE(at.failed().size() == 1);
     CHECK_THAT(at.failed()[0], contains("a client's userfaultfd"));
+}
+
+TEST_CASE("what a client's functions throw is reported once, and the others' faults are heard of all the same") {
+    if (!may_run()) return;
+    const result<ram_memory> memory = memory_of(kind::anonymous, page_size);
+    REQUIRE(memory.has_value());
+    ram_section ram;
+    add_block(ram, "pc.ram", *memory);
+    destination at(ram);
+    REQUIRE(at.start());
+    const auto nowhere = [](std::uint64_t) { return std::nullopt; };
+    const auto wake = [](const ram_address&) { return result<void>(); };
+    const unique_fd first(::eventfd(1, EFD_CLOEXEC));
+    const unique_fd second(::eventfd(1, EFD_CLOEXEC));
+    for (const unique_fd* const one : {&first, &second}) {
+        const std::size_t before = at.failed().size();
+        fault_thread::client thrower{one->get(), nowhere, wake};
+        thrower.read = [](const fault_thread::found_function&) -> result<void> { throw std::runtime_error("out of luck"); };
+        REQUIRE(at.faults.add(std::move(thrower)).has_value());
+        while (at.failed().size() == before) std::this_thread::yield();
+    }
+    std::this_thread::sleep_for(20ms);
+    at.faults.stop();
+    REQUIRE(at.failed().size() == 2);
+    CHECK_THAT(at.failed()[0], contains("out of luck"));
+    CHECK_THAT(at.failed()[1], contains("out of luck"));
 }
 
 TEST_CASE("the fault thread starts again after it was stopped, and ends however often it is told") {

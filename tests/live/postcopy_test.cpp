@@ -18,6 +18,7 @@
 #include <numeric>
 #include <optional>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -851,5 +852,147 @@ TEST_CASE("a migration that may go on in postcopy, and needn't, ends as any othe
     CHECK(to.starts == 1);
     CHECK(from.starts == 0);
     to.stop();
+    CHECK(to.count_wrong() == 0);
+}
+
+TEST_CASE("a source with postcopy-preempt doesn't stop its guest for a destination without") {
+    if (!can_postcopy()) return;
+    const bool tcp = GENERATE(false, true);
+    CAPTURE(tcp);
+    const temporary_directory directory;
+    history all(512);
+    checked_machine from(all, false);
+    checked_machine to(all, false);
+    from.fill();
+    from.start();
+    migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .peer_timeout = 20s};
+    migration::destination destination(to.state, to.control, settings);
+    REQUIRE(destination.listen(tcp ? "tcp:127.0.0.1:0" : "unix:" + (directory / "socket").string()));
+    const std::string uri = destination.uri();
+    result<void> arrived;
+    std::thread receiving([&] { arrived = destination.run(); });
+    settings.postcopy_preempt = true;
+    migration::source source(from.state, from.control, settings);
+    const result<void> started = source.start(uri);
+    if (started) static_cast<void>(source.start_postcopy());
+    const bool over = wait_for([&] { return is_final(source.status().state); });
+    if (!over) {
+        static_cast<void>(source.pause());
+        wait_for([&] { return is_paused(source); });
+        static_cast<void>(source.give_up());
+        wait_for([&] { return is_paused(destination); });
+        destination.give_up();
+    }
+    const result<void> left = source.wait();
+    destination.cancel();
+    receiving.join();
+    CHECK(over);
+    CHECK_THAT(message_of(left), contains("active/preempt channel") && contains("a destination with postcopy-preempt, as here"));
+    CHECK(arrived.has_error());
+    CHECK(from.runs());
+    CHECK(from.starts == 0); // it was never stopped
+    CHECK(to.starts == 0);
+}
+
+TEST_CASE("a destination with postcopy-preempt gets every page from a source without") {
+    if (!can_postcopy()) return;
+    history all(512);
+    checked_machine from(all, false);
+    checked_machine to(all, false);
+    from.fill();
+    from.start();
+    migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true, .postcopy_preempt = true,
+        .max_postcopy_bandwidth = 8 << 20, .peer_timeout = 20s};
+    migration::destination destination(to.state, to.control, settings);
+    REQUIRE(destination.listen("tcp:127.0.0.1:0"));
+    const std::string uri = destination.uri();
+    result<void> arrived;
+    std::thread receiving([&] { arrived = destination.run(); });
+    settings.postcopy_preempt = false;
+    migration::source source(from.state, from.control, settings);
+    const result<void> started = source.start(uri);
+    if (started) static_cast<void>(source.start_postcopy());
+    const result<void> left = source.wait();
+    if (!left) destination.cancel(), destination.give_up();
+    receiving.join();
+    CHECK(message_of(left) == "");
+    CHECK(message_of(arrived) == "");
+    CHECK(to.starts == 1);
+    to.stop();
+    CHECK(to.count_wrong() == 0);
+}
+
+TEST_CASE("what is thrown in a recovery, and a pause at its first moment, leave a postcopy paused: the next one brings every page") {
+    if (!can_postcopy()) return;
+    history all(2048);
+    checked_machine from(all, false);
+    checked_machine to(all, false);
+    from.fill();
+    from.start();
+    migration::parameters settings{.downtime_limit = 0ms, .max_bandwidth = 1 << 20, .postcopy_ram = true,
+        .max_postcopy_bandwidth = 2 << 20, .peer_timeout = 20s};
+    std::deque<switchboard> boards(3);
+    std::atomic<bool> pauses = false;
+    migration::destination destination(to.state, to.control, settings);
+    result<void> arrived = error(errc::io);
+    std::thread receiving([&] { arrived = destination.run(boards[0].acceptor()); });
+    migration::source source(from.state, from.control, settings);
+    result<void> paused_early = error(errc::io);
+    source.observe([&](const migration::status& at) {
+        if (at.state == migration::state::postcopy_recover && pauses.exchange(false)) paused_early = source.pause();
+    });
+    bool fine = static_cast<bool>(source.start(boards[0].connector()));
+    fine = fine && source.start_postcopy();
+    const auto both = [&](migration::state wanted) {
+        return wait_for([&] {
+            return (source.status().state == wanted && destination.status().state == wanted) || is_final(source.status().state) ||
+                   is_final(destination.status().state);
+        }) && source.status().state == wanted && destination.status().state == wanted;
+    };
+    const auto paused_for = [&](const auto& side, std::string_view why) {
+        return wait_for([&] {
+            const migration::status at = side.status();
+            return is_final(at.state) || (at.state == migration::state::postcopy_paused && at.error_desc.message().find(why) != std::string::npos);
+        }) && is_paused(side);
+    };
+    fine = fine && both(migration::state::postcopy_active);
+    destination.pause();
+    fine = fine && both(migration::state::postcopy_paused);
+    // A connector and an acceptor that throw.
+    const bool recovers_there = static_cast<bool>(destination.recover(
+        [](const opening_options&) -> result<std::unique_ptr<input_channel>> { throw std::runtime_error("out of luck there"); }));
+    const bool recovers_here = static_cast<bool>(source.recover(
+        [](const opening_options&) -> result<std::unique_ptr<output_channel>> { throw std::runtime_error("out of luck here"); }));
+    const bool thrown_there = paused_for(destination, "out of luck there");
+    const bool thrown_here = paused_for(source, "out of luck here");
+    // The migration thread hasn't seen yet that there is a recovery.
+    pauses.store(true);
+    const bool recovers_again = static_cast<bool>(source.recover(boards[1].connector()));
+    const bool interrupted = wait_for([&] {
+        const migration::status at = source.status();
+        return is_final(at.state) || at.error_desc.message() == "postcopy-recover: input/output error: paused" || boards[1].written(0) != 0;
+    }) && is_paused(source);
+    const std::string why = source.status().error_desc.message();
+    settings.max_postcopy_bandwidth = 0;
+    source.set_parameters(settings);
+    fine = fine && destination.recover(boards[2].acceptor()) && source.recover(boards[2].connector());
+    if (!fine) static_cast<void>(source.give_up()), destination.cancel(), destination.give_up();
+    const result<void> left = source.wait();
+    if (!left) destination.cancel(), destination.give_up();
+    receiving.join();
+    CHECK(recovers_there);
+    CHECK(recovers_here);
+    CHECK(thrown_there);
+    CHECK(thrown_here);
+    CHECK(recovers_again);
+    CHECK(message_of(paused_early) == "");
+    CHECK(interrupted);
+    CHECK(why == "postcopy-recover: input/output error: paused");
+    CHECK(fine);
+    CHECK(message_of(left) == "");
+    CHECK(message_of(arrived) == "");
+    CHECK(to.starts == 1);
+    to.stop();
+    CHECK(from.starts == 0);
     CHECK(to.count_wrong() == 0);
 }

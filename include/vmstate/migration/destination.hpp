@@ -18,6 +18,7 @@
 #include <stop_token>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -144,8 +145,8 @@ public:
             postcopy_->broken(error(errc::io, {}, "paused"));
     }
     /// Ends a postcopy that isn't complete, paused or not, as failed. What has not come is lost: whoever waits for a page
-    /// goes on with zeros, so that a guest that runs is no longer one, but nothing hangs. Where RUN hasn't come the guest
-    /// isn't started here any more: only the source can tell whether it goes on there.
+    /// goes on with zeros, so that a guest that runs is no longer one, but nothing hangs. Where the guest wasn't
+    /// started yet it isn't any more: before RUN only the source can tell whether it goes on there.
     void give_up() {
         {
             const std::lock_guard lock(channel_mutex_);
@@ -197,9 +198,10 @@ private:
                     with_memory ? "it on" : "it off");
             return with_memory ? postcopy_->advise() : result<void>();
         }
-        /// The last message.
+        /// The last message: the first of them.
         result<void> shut(bool loaded) {
-            return back_.is_open() ? back_.send(return_message::shut, loaded ? 0u : 1u) : result<void>();
+            if (!back_.is_open() || is_over_.exchange(true)) return {};
+            return back_.send(return_message::shut, loaded ? 0u : 1u);
         }
         /// Before the first page: it may have come over another channel by the time that the source asks.
         void find_zero_blocks() {
@@ -219,6 +221,7 @@ private:
         return_path& back_;
         bool acks_switchover_;
         postcopy_incoming* postcopy_;
+        std::atomic<bool> is_over_ = false;
         std::optional<std::vector<std::uint32_t>> zero_blocks_; ///< by their number in the stream's list
     };
 
@@ -388,6 +391,13 @@ private:
         for (const std::unique_ptr<ram_block>& block : machine_.ram()->blocks())
             if (block->options.host_page_size == ram_memory::small_page) advise_huge_pages(block->memory);
     }
+    /// Ends it at the end of its own life.
+    struct end_of_postcopy {
+        postcopy_incoming* of; ///< null without
+        ~end_of_postcopy() {
+            if (of != nullptr) of->release();
+        }
+    };
     result<void> receive(std::shared_ptr<input_channel>& main, std::vector<std::shared_ptr<input_channel>> multifd,
         const channel_acceptor& accept) {
         if (!monitor_.enter(state::active)) return error(errc::io, {}, "cancelled");
@@ -427,7 +437,9 @@ private:
             loading.ram_sync = &*pages;
         }
         buffered_reader in(channel, read_ahead);
-        result<void> loaded = load(machine_, static_cast<reader&>(in), loading);
+        // Whatever is thrown from here on: no thread that reads through it may be left when the reader goes.
+        const end_of_postcopy released{postcopy.get()};
+        result<void> loaded = detail::guarded([&] { return load(machine_, static_cast<reader&>(in), loading); });
         monitor_.update([&](migration::status& at) { at.has_return_path = way_back.is_open(); });
         if (pages) {
             // What has gone wrong there is the reason for what is wrong here.
@@ -440,9 +452,9 @@ private:
                 postcopy->note_failure(loaded.error());
                 static_cast<void>(back.shut(false));
             }
-            result<void> done = loaded ? run_in_postcopy(*postcopy, main, way_back) : fail_before_run(*postcopy);
+            result<void> done = loaded ? detail::guarded([&] { return run_in_postcopy(*postcopy, main, way_back, back); })
+                                       : fail_before_run(*postcopy);
             if (loaded && !done) static_cast<void>(back.shut(false));
-            // No thread of its may be left when the reader goes.
             postcopy->release();
             update_ram(postcopy->bytes(), 0);
             if (done) static_cast<void>(back.shut(true));
@@ -499,21 +511,36 @@ private:
         if (monitor_.now() == state::postcopy_active || monitor_.enter_unless(state::cancelling, state::postcopy_active)) return {};
         return error(errc::io, {}, "cancelled");
     }
-    /// The package is loaded: the guest runs when the source says so, and this waits for its memory, over as many connections
-    /// as either takes.
-    result<void> run_in_postcopy(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, return_path& back) {
+    /// The package is loaded: the guest runs when the source says so, and its memory comes, over as many connections as
+    /// either takes. Those are for a thread of their own: who starts the guest may stand still at a page that only the next
+    /// one brings.
+    result<void> run_in_postcopy(
+        postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, return_path& way_back, answers& back) {
         if (result<void> entered = enter_postcopy(); !entered) return entered;
-        bool runs = false;
-        const auto run_guest = [&]() -> result<void> {
-            if (runs || !postcopy.await_run()) return {};
-            runs = true;
+        result<void> received;
+        std::thread receiving([&] {
+            channel_acceptor accept; // of the connection
+            received = detail::guarded([&] { return receive_memory(postcopy, main, way_back, accept); });
+            // Whoever waits for a page goes on, who starts the guest, too.
+            if (!received) postcopy.release();
+        });
+        result<void> started = detail::guarded([&]() -> result<void> {
+            if (!postcopy.await_run()) return {};
             if (guest_.vcpu_threads) postcopy.set_vcpu_threads(guest_.vcpu_threads());
-            if (!guest_.start) return {};
-            if (result<void> started = guest_.start(); !started) return std::move(started.error()).within("start");
-            return {};
-        };
-        channel_acceptor accept; // of the connection
-        if (result<void> started = run_guest(); !started) return started;
+            return guest_.start ? guest_.start() : result<void>();
+        });
+        if (!started) {
+            given_up_ = true; // it isn't paused when the source hears of it and goes
+            static_cast<void>(detail::guarded([&] { return back.shut(false); }));
+            give_up();
+        }
+        receiving.join();
+        if (!started) return std::move(started.error()).within("start");
+        return received;
+    }
+    /// Waits for the guest's memory.
+    result<void> receive_memory(
+        postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, return_path& back, channel_acceptor& accept) {
         result<void> session = postcopy.wait();
         while (!session) {
             postcopy.pause();
@@ -527,30 +554,33 @@ private:
                 recovery_asked_ = false;
                 if (given_up_) return std::move(session.error()).within("postcopy");
             }
-            static_cast<void>(main->close());
+            static_cast<void>(detail::guarded([&] { return main->close(); }));
             monitor_.update([&](migration::status& at) { at.error_desc = session.error(); });
             monitor_.enter(state::postcopy_paused);
-            session = connect_again(postcopy, main, accept);
-            if (!session) continue;
-            if (result<void> started = run_guest(); !started) return started;
-            session = postcopy.wait();
+            session = recover_once(postcopy, main, accept);
         }
         postcopy.finish();
         monitor_.update([](migration::status& at) { at.error_desc = {}; });
         return {};
     }
-    /// Waits to be told to recover, and for the source.
-    result<void> connect_again(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, channel_acceptor& accept) {
+    /// Waits to be told to recover, and for the source; then for the end of that connection.
+    result<void> recover_once(postcopy_incoming& postcopy, std::shared_ptr<input_channel>& main, channel_acceptor& accept) {
         monitor_.wait_until([this](const migration::status&) { return given_up_.load() || recovery_asked_.load(); });
         {
             const std::lock_guard lock(channel_mutex_);
             if (given_up_) return error(errc::io, {}, "given up");
             accept = recovery_;
         }
-        result<std::unique_ptr<input_channel>> next = accept({std::chrono::milliseconds(0), stop_token()});
+        result<std::unique_ptr<input_channel>> next =
+            detail::guarded([&] { return accept({std::chrono::milliseconds(0), stop_token()}); });
         if (!next) return std::move(next.error()).within("recover");
         if (!*next) return error(errc::invalid_argument, "a channel", "none").within("recover");
         main = std::move(*next);
+        // As at first: what would be for urgent pages is refused.
+        if (!settings_.postcopy_preempt) {
+            const std::lock_guard lock(channel_mutex_);
+            listener_.reset();
+        }
         if (settings_.peer_timeout.count() != 0) main->set_timeout(settings_.peer_timeout);
         postcopy.connect(main, accept);
         monitor_.enter(state::postcopy_recover);
@@ -559,8 +589,8 @@ private:
             const std::lock_guard lock(channel_mutex_);
             if (given_up_) postcopy.broken(error(errc::io, {}, "given up"));
         }
-        if (result<void> started = postcopy.recover(); !started) postcopy.broken(started.error());
-        return {};
+        if (result<void> started = detail::guarded([&] { return postcopy.recover(); }); !started) postcopy.broken(started.error());
+        return postcopy.wait();
     }
     result<void> check_paused() const {
         const std::lock_guard lock(channel_mutex_);
@@ -576,16 +606,11 @@ private:
     machine& machine_;
     guest& guest_;
     migration::parameters settings_;
-        // As at first: what would be for urgent pages is refused.
-        if (!settings_.postcopy_preempt) {
-            const std::lock_guard lock(channel_mutex_);
-            listener_.reset();
-        }
     load_options loading_;
     std::vector<postcopy_observer*> observers_;
     detail::monitor monitor_;
     mutable std::mutex channel_mutex_; ///< all below but inside_
-    std::unique_ptr<socket_listener> listener_; ///< during a `run` its thread's
+    std::unique_ptr<socket_listener> listener_; ///< during a `run` its thread's, or the one's that waits for the memory
     std::vector<std::shared_ptr<input_channel>> channels_; ///< the main one and those of multifd, during a migration
     std::stop_source accepting_;
     std::shared_ptr<postcopy_incoming> postcopy_; ///< during a migration that may go on in it

@@ -5,15 +5,16 @@
 #pragma once
 
 #include <exception>
+#include <type_traits>
 #include <utility>
 
 #include <vmstate/support/result.hpp>
 
 namespace vmstate::migration::detail {
 
-/// Calls `work`, which returns `result<void>`.
+/// Calls `work`, which returns a `result`.
 template <class Work>
-result<void> guarded(Work&& work) try {
+std::invoke_result_t<Work> guarded(Work&& work) try {
     return std::forward<Work>(work)();
 } catch (const std::exception& thrown) {
     return error(errc::io, {}, thrown.what());

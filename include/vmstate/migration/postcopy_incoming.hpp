@@ -30,6 +30,7 @@
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/machine/ram_records.hpp>
 #include <vmstate/machine/wire.hpp>
+#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/migration/status.hpp>
@@ -51,9 +52,10 @@
 
 namespace vmstate::migration {
 
-/// The main thread calls everything that isn't said to be for others. From `listen` on there are threads that place pages;
-/// what they, or the fault thread, find wrong ends the connection: both channels are shut down, and `wait` says why.
-/// Guest memory is touched by the main thread alone, which the others never wait for.
+/// The main thread calls everything that isn't said to be for others; once the guest is to run it is another one that does,
+/// and waits for its memory. From `listen` on there are threads that place pages; what they, or the fault thread, find
+/// wrong, and what is thrown there, ends the connection: both channels are shut down, and `wait` says why. Guest memory is
+/// touched by the main thread alone, in devices' hooks and where the guest is started; the others never wait for it.
 class postcopy_incoming final : public postcopy_listener, public ram_page_listener {
 public:
     /// All have to outlive this. `loaded`: the devices are, and the source is about to hear of it; it may refuse that.
@@ -78,7 +80,7 @@ public:
         accepting_ = std::stop_source();
         failure_.reset();
         over_ = false;
-        preempt_ended_ = listen_ended_ = false;
+        preempt_ended_ = false;
     }
     /// The source was told that RUN may come behind the package.
     void let_run_come_later() noexcept { run_may_come_later_.store(true); }
@@ -189,11 +191,12 @@ public:
     }
     postcopy_state now() const { return progress_.now(); }
 
-    /// With the package loaded: waits for RUN, where it wasn't there, or for the connection's end. Whether RUN has come.
+    /// With the package loaded: waits for RUN, where it wasn't there, through as many connections as it takes. Whether the guest
+    /// is to run: it isn't, once what has not come is given up.
     bool await_run() {
         std::unique_lock lock(session_mutex_);
-        changed_.wait(lock, [&] { return running_ || listen_ended_ || failure_.has_value(); });
-        return running_;
+        changed_.wait(lock, [&] { return running_ || released_; });
+        return running_ && !released_;
     }
     /// Waits for the end of the connection: nothing where every page is there, or what went wrong. No thread but the fault
     /// thread is left.
@@ -237,6 +240,11 @@ public:
     void release() {
         // Where the migration ended in precopy, well or not, the main channel is the main thread's still, for the last word.
         if (is_listening()) broken(error(errc::io, {}, "given up"));
+        if (progress_.now() != postcopy_state::end) {
+            const std::lock_guard lock(session_mutex_);
+            released_ = true;
+        }
+        changed_.notify_all();
         requests_.disconnect();
         if (listen_.joinable()) listen_.join();
         end_preempt();
@@ -378,12 +386,7 @@ private:
             main_->limit_unread(settings_.postcopy_preempt ? 208 * 1024 : 128 * 1024);
         }
         return start(listen_, [this, serve = std::move(serve)] {
-            if (result<void> done = serve(); !done) broken(done.error());
-            {
-                const std::lock_guard lock(session_mutex_);
-                listen_ended_ = true;
-            }
-            changed_.notify_all();
+            if (result<void> done = detail::guarded(serve); !done) broken(done.error());
         });
     }
     template <class Job>
@@ -581,7 +584,8 @@ private:
 
     result<void> start_preempt(bool recovered) {
         return start(preempt_, [this, recovered] {
-            if (result<void> done = serve_preempt(recovered); !done) broken(done.error().within("preempt channel"));
+            if (result<void> done = detail::guarded([&] { return serve_preempt(recovered); }); !done)
+                broken(std::move(done.error().within("preempt channel")));
             {
                 const std::lock_guard lock(session_mutex_);
                 preempt_ended_ = true;
@@ -677,7 +681,7 @@ private:
     std::optional<error> failure_; ///< of this connection
     bool over_ = true;             ///< nobody is to hear of failures any more
     bool preempt_ended_ = false;
-    bool listen_ended_ = false; ///< nothing more comes over the main channel
+    bool released_ = false; ///< before every page was there
     bool listening_ = false;
     bool will_run_ = false; ///< all but RUN is loaded, and the source told so
     bool running_ = false;

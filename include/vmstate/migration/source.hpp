@@ -174,6 +174,14 @@ public:
     }
     result<void> recover(channel_connector connect) {
         if (!connect) return error(errc::invalid_argument, "a connector", "none");
+        {
+            // What ended the connection before says nothing of the next; whoever pauses from here on means that.
+            const std::lock_guard lock(channel_mutex_);
+            if (monitor_.now() == state::postcopy_paused) {
+                connecting_ = std::stop_source();
+                pause_wanted_ = false;
+            }
+        }
         // Of two that come at once one finds it in another state.
         if (!monitor_.enter(state::postcopy_recover))
             return error(errc::invalid_argument, "state postcopy-paused", std::string(to_string(monitor_.now())));
@@ -531,6 +539,13 @@ private:
         if (connecting_.stop_requested()) urgent_channel_->shutdown();
         return {};
     }
+    /// A destination without postcopy-preempt lets nobody in behind the main channel. What goes over a channel that it
+    /// doesn't read would be missing there for ever.
+    result<void> check_urgent_channel() const {
+        if (!urgent_channel_ || !urgent_channel_->is_ended()) return {};
+        return error(errc::invalid_argument, "a destination with postcopy-preempt, as here", "one that has closed the channel for it")
+            .within("preempt channel");
+    }
     bool has_return_path() const { return way_back_ != nullptr; }
     static void ping(stream_saver& saver, std::uint32_t value) {
         std::array<std::byte, 4> payload;
@@ -539,13 +554,6 @@ private:
     }
 
     // ---- the guest runs
-    /// A destination without postcopy-preempt lets nobody in behind the main channel. What goes over a channel that it
-    /// doesn't read would be missing there for ever.
-    result<void> check_urgent_channel() const {
-        if (!urgent_channel_ || !urgent_channel_->is_ended()) return {};
-        return error(errc::invalid_argument, "a destination with postcopy-preempt, as here", "one that has closed the channel for it")
-            .within("preempt channel");
-    }
 
     result<void> precopy(outgoing& stream) {
         active_since_ = clock::now();
@@ -558,6 +566,7 @@ private:
             if (may_switch && postcopy_wanted_.load()) {
                 // A destination that refuses the machine says so to the setup, which costs the guest nothing.
                 if (result<void> read = await_answer("PONG", [&] { return setup_read_.load(); }); !read) return read;
+                if (result<void> there = check_urgent_channel(); !there) return there;
                 to_postcopy_ = true;
                 return {};
             }
@@ -566,7 +575,6 @@ private:
             if (may_switch && is_little_left(stream, settings)) {
                 leave_out_zero_blocks(stream, settings); // which may wait, as the guest may not
                 if (result<void> fine = check_peer(); !fine) return fine;
-                if (result<void> there = check_urgent_channel(); !there) return there;
                 // Only now ask the logs: each time costs the guest.
                 if (result<void> read = read_logs(stream, false, settings); !read) return read;
                 if (is_little_left(stream, settings)) return {};
@@ -581,6 +589,10 @@ private:
             }
             account(stream);
         }
+    }
+    /// Whether the destination is as far as it has to be; in postcopy, too.
+    bool is_destination_ready(const migration::parameters& settings) const {
+        return !settings.switchover_ack || switchover_acked_.load();
     }
     /// Nothing but the destination's SWITCHOVER_ACK keeps the guest from being stopped: not for longer than a peer may take.
     result<void> await_switchover_ack(const outgoing& stream, const migration::parameters& settings) {
@@ -598,10 +610,6 @@ private:
         heard_at_ = now;
         sent_when_heard_ = stream.sent();
         return stream.out.flush();
-    /// Whether the destination is as far as it has to be; in postcopy, too.
-    bool is_destination_ready(const migration::parameters& settings) const {
-        return !settings.switchover_ack || switchover_acked_.load();
-    }
     }
     /// Whether what is left, and what goes again since nobody logs it, can be sent in the time that the guest may stand still.
     /// Where the latter alone can't, waiting doesn't change that: then it is what is left that counts.
@@ -822,6 +830,7 @@ private:
             before_postcopy_ = at.ram;
         });
         if (result<void> fine = check_peer(); !fine) return fine;
+        if (result<void> there = check_urgent_channel(); !there) return there;
         postcopy_->attach(channel, urgent_channel_.get());
         postcopy_->serve_requests();
         serving_.store(postcopy_.get());
@@ -830,7 +839,6 @@ private:
             if (result<void> loaded = await_loaded(settings); !loaded) return loaded;
             postcopy_->saver().put_command(command::postcopy_run);
         }
-        if (result<void> there = check_urgent_channel(); !there) return there;
         if (!monitor_.enter(state::postcopy_active)) return error(errc::io, {}, "cancelled");
         // What leaves now ends with RUN: where it doesn't leave whole, the guest isn't run there.
         if (result<void> sent = runs_later ? postcopy_->flush() : stream.out.flush(); !sent) return sent;
@@ -926,9 +934,12 @@ private:
             account_postcopy();
             return check_peer();
         };
-        result<void> done = postcopy_->send_rest(
-            [&] { return parameters().max_postcopy_bandwidth; }, parameters().peer_timeout / 4, fine);
-        if (done) done = await_last_word(parameters());
+        // What is thrown ends the connection alone, as what fails: the guest at the destination needs the next.
+        result<void> done = detail::guarded([&]() -> result<void> {
+            const auto bandwidth = [&] { return parameters().max_postcopy_bandwidth; };
+            if (result<void> sent = postcopy_->send_rest(bandwidth, parameters().peer_timeout / 4, fine); !sent) return sent;
+            return await_last_word(parameters());
+        });
         monitor_.update([&](migration::status& at) {
             count_postcopy(at);
             if (done) at.ram.mbps = whole_mbps(at);
@@ -973,8 +984,6 @@ private:
                 const std::lock_guard lock(channel_mutex_);
                 if (abandoned_) return std::nullopt;
                 if (recovery_) {
-                    connecting_ = std::stop_source();
-                    pause_wanted_ = false;
                     recovery_is_there_ = false;
                     return std::exchange(recovery_, {});
                 }
@@ -983,7 +992,7 @@ private:
         }
     }
     result<void> recover_over(std::unique_ptr<output_channel>& channel, const channel_connector& connect) {
-        result<void> done = shake_hands_again(channel, connect);
+        result<void> done = detail::guarded([&] { return shake_hands_again(channel, connect); });
         if (!done) return std::move(done.error().within("postcopy-recover"));
         monitor_.update([&](migration::status& at) { at.error_desc = {}; });
         if (!monitor_.enter(state::postcopy_active)) return error(errc::io, {}, "abandoned");
@@ -1022,6 +1031,7 @@ private:
         }
         if (result<void> asked = postcopy_->ask_for_bitmaps(); !asked) return asked;
         if (result<void> there = await_answer("RECV_BITMAP", [&] { return postcopy_->has_bitmaps(); }); !there) return there;
+        if (result<void> there = check_urgent_channel(); !there) return there;
         if (result<void> asked = postcopy_->resume(peer_waits_for_run_.load()); !asked) return asked;
         return await_answer("RESUME_ACK", [&] { return postcopy_->has_resumed(); });
     }
@@ -1031,7 +1041,6 @@ private:
         const auto is_over = [&](const migration::status& at) {
             return at.state == state::cancelling || peer_has_spoken_.load() || done();
         };
-        if (result<void> there = check_urgent_channel(); !there) return there;
         if (!monitor_.wait_for(patience, is_over))
             return error(errc::io, {}, std::string("no ") + which + " from the destination").within("return path");
         if (done()) return {};

@@ -16,6 +16,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -137,37 +138,53 @@ private:
         }
     }
 
+    /// What is thrown there (no memory, something of a client's) is a failure as any other: nobody else hears of faults.
+    template <class Work>
+    static result<void> guarded(Work work) try {
+        return work();
+    } catch (const std::exception& thrown) {
+        return error(errc::io, {}, thrown.what());
+    }
+
     /// The thread. Owns nothing; takes `clients_mutex_` for each round of faults, and what placing and asking take.
     void serve() {
         std::vector<pollfd> events;
         std::vector<unsigned> numbers; // of the clients in `events`, behind the first two
-        for (;;) {
-            events.assign({{wake_.get(), POLLIN, 0}, {placer_.fault().get(), POLLIN, 0}});
-            numbers.clear();
-            {
-                const std::lock_guard lock(clients_mutex_);
-                if (ending_) return;
-                for (const numbered_client& one : clients_) {
-                    events.push_back({one.who.fd, POLLIN, 0});
-                    events.push_back({one.who.connection, POLLRDHUP, 0});
-                    numbers.push_back(one.number);
-                }
-            }
-            if (::poll(events.data(), events.size(), -1) < 0) {
-                if (errno == EINTR) continue;
-                return fail(userfault::failure("poll"));
-            }
-            if (events[0].revents != 0) {
-                std::uint64_t count = 0;
-                (void)!::read(wake_.get(), &count, sizeof count);
-            }
-            if (events[1].revents != 0 && !serve_own(events[1].revents)) return;
-            if (numbers.empty()) continue;
+        for (bool goes_on = true; goes_on;)
+            report(guarded([&]() -> result<void> {
+                goes_on = serve_round(events, numbers);
+                return {};
+            }));
+    }
+    /// False at the end.
+    bool serve_round(std::vector<pollfd>& events, std::vector<unsigned>& numbers) {
+        events.assign({{wake_.get(), POLLIN, 0}, {placer_.fault().get(), POLLIN, 0}});
+        numbers.clear();
+        {
             const std::lock_guard lock(clients_mutex_);
-            for (std::size_t i = 0; i < numbers.size(); ++i)
-                if (const short faults = events[2 + 2 * i].revents, end = events[3 + 2 * i].revents; faults != 0 || end != 0)
-                    serve_client(numbers[i], faults, end != 0);
+            if (ending_) return false;
+            for (const numbered_client& one : clients_) {
+                events.push_back({one.who.fd, POLLIN, 0});
+                events.push_back({one.who.connection, POLLRDHUP, 0});
+                numbers.push_back(one.number);
+            }
         }
+        if (::poll(events.data(), events.size(), -1) < 0) {
+            if (errno == EINTR) return true;
+            fail(userfault::failure("poll"));
+            return false;
+        }
+        if (events[0].revents != 0) {
+            std::uint64_t count = 0;
+            (void)!::read(wake_.get(), &count, sizeof count);
+        }
+        if (events[1].revents != 0 && !serve_own(events[1].revents)) return false;
+        if (numbers.empty()) return true;
+        const std::lock_guard lock(clients_mutex_);
+        for (std::size_t i = 0; i < numbers.size(); ++i)
+            if (const short faults = events[2 + 2 * i].revents, end = events[3 + 2 * i].revents; faults != 0 || end != 0)
+                serve_client(numbers[i], faults, end != 0);
+        return true;
     }
 
     /// False where nothing more can be heard of.
@@ -179,7 +196,15 @@ private:
         result<void> done = read_faults(placer_.fault().get(), [&](std::uint64_t address, std::uint32_t thread_id, clock::time_point now) {
             const std::optional<ram_address> where = placer_.received().locate(address);
             if (!where) return fail(error(errc::bad_ram, "a fault in guest memory", "one at " + std::to_string(address)));
-            serve_fault(*where, placer_.has_thread_ids() ? thread_id : 0, now);
+            const result<void> served = guarded([&]() -> result<void> {
+                serve_fault(*where, placer_.has_thread_ids() ? thread_id : 0, now);
+                return {};
+            });
+            if (served) return;
+            report(served);
+            // It faults again then.
+            const auto size = static_cast<std::size_t>(where->block->options.host_page_size);
+            static_cast<void>(placer_.fault().wake(where->block->page(host_page(*where), size)));
         });
         if (!done) fail(done.error());
         return static_cast<bool>(done);
@@ -194,11 +219,14 @@ private:
         if ((revents & ~POLLIN) != 0)
             done = error(errc::io, "a client's userfaultfd ready to read", "poll says " + std::to_string(revents));
         else if (revents != 0)
-            done = read_faults(who, number);
+            done = guarded([&] { return read_faults(who, number); });
         if (done && is_gone) done = error(errc::io, "a client that stays", "the end of its connection");
         if (done) return;
         // It would be ready again at once, for ever.
-        fail(who, done.error(), true);
+        report(guarded([&]() -> result<void> {
+            fail(who, done.error(), true);
+            return {};
+        }));
         statistics_.remove_client(number, clock::now());
         clients_.erase(found);
     }
@@ -264,6 +292,14 @@ private:
         if (!woken) fail(*who, woken.error());
     }
 
+    /// Without memory even for that, nobody is told.
+    void report(const result<void>& of) const {
+        if (of) return;
+        static_cast<void>(guarded([&]() -> result<void> {
+            fail(of.error());
+            return {};
+        }));
+    }
     void fail(const error& why) const {
         if (on_failure_) on_failure_(why);
     }
