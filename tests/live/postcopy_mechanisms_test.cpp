@@ -521,6 +521,34 @@ TEST_CASE("what a client's functions throw is reported once, and the others' fau
     CHECK_THAT(at.failed()[1], contains("out of luck"));
 }
 
+TEST_CASE("who touches memory at the moment when it is unregistered goes on") {
+    if (!may_run()) return;
+    int asleep = 0;
+    for (int i = 0; i != 10'000 && asleep == 0; ++i) {
+        const result<ram_memory> memory = memory_of(kind::anonymous, page_size);
+        REQUIRE(memory.has_value());
+        const result<userfault> fault = userfault::open(userfault_scope::user_and_kernel, 0);
+        REQUIRE(fault.has_value());
+        REQUIRE(fault->register_memory(memory->span(), UFFDIO_REGISTER_MODE_MISSING).has_value());
+        std::atomic<bool> begun = false, done = false;
+        std::thread guest([&] {
+            begun.store(true);
+            static_cast<void>(*const_cast<const volatile std::byte*>(memory->span().data()));
+            done.store(true);
+        });
+        while (!begun.load()) std::this_thread::yield();
+        for (std::atomic<int> wait = i * 37 % 20'000; wait > 0; --wait) {
+        }
+        const result<void> removed = fault->remove(memory->span());
+        for (int waits = 0; waits != 5000 && !done.load(); ++waits) std::this_thread::sleep_for(waits < 100 ? 10us : 1000us);
+        if (!done.load()) ++asleep;
+        static_cast<void>(fault->wake(memory->span()));
+        guest.join();
+        REQUIRE(removed);
+    }
+    CHECK(asleep == 0);
+}
+
 TEST_CASE("the fault thread starts again after it was stopped, and ends however often it is told") {
     if (!may_run()) return;
     const result<ram_memory> memory = memory_of(kind::anonymous, 4 * page_size);

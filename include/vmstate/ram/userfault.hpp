@@ -90,6 +90,8 @@ public:
     result<void> remove(std::span<std::byte> memory) const {
         uffdio_range range = range_of(memory);
         if (::ioctl(get(), UFFDIO_UNREGISTER, &range) != 0) return failure("UFFDIO_UNREGISTER");
+        // The kernel wakes first and unregisters then: who comes between the two, which newer ones let happen, sleeps on.
+        static_cast<void>(wake(memory));
         return {};
     }
     /// Write-protects the memory, or ends that and wakes who waits for it.
