@@ -31,6 +31,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <functional>
@@ -54,6 +55,9 @@ using vmstate::tests::huge_pages;
 using vmstate::tests::skip;
 
 namespace {
+
+/// mlock, which the sanitizers' runtimes make into nothing.
+bool lock_memory(std::span<std::byte> memory) { return ::syscall(SYS_mlock, memory.data(), memory.size()) == 0; }
 
 constexpr std::size_t page_size = 4096;
 constexpr std::uint64_t huge = std::uint64_t{2} << 20;
@@ -523,8 +527,9 @@ TEST_CASE("what a client's functions throw is reported once, and the others' fau
 
 TEST_CASE("who touches memory at the moment when it is unregistered goes on") {
     if (!may_run()) return;
+    const int rounds = std::getenv("VMSTATE_SOAK") != nullptr ? 10'000 : 2000;
     int asleep = 0;
-    for (int i = 0; i != 10'000 && asleep == 0; ++i) {
+    for (int i = 0; i != rounds && asleep == 0; ++i) {
         const result<ram_memory> memory = memory_of(kind::anonymous, page_size);
         REQUIRE(memory.has_value());
         const result<userfault> fault = userfault::open(userfault_scope::user_and_kernel, 0);
@@ -891,7 +896,7 @@ TEST_CASE("a part of a file is discarded where the block lies in it, and locked 
 
     const result<ram_memory> locked = memory_of(kind::anonymous, 4 * page_size);
     REQUIRE(locked.has_value());
-    if (::mlock(locked->span().data(), locked->span().size()) != 0) return skip("no memory may be locked here");
+    if (!lock_memory(locked->span())) return skip("no memory may be locked here");
     std::memset(locked->span().data(), 0x55, locked->span().size());
     REQUIRE(discard_range(add_block(ram, "locked", *locked), {page_size, page_size}));
     CHECK(locked->span()[page_size] == std::byte{0});
@@ -902,7 +907,7 @@ TEST_CASE("shared memory that is locked, and whose file nobody told, isn't taken
     const result<ram_memory> memory = memory_of(kind::memfd, 4 * page_size);
     REQUIRE(memory.has_value());
     std::memset(memory->span().data(), 0x55, memory->span().size());
-    if (::mlock(memory->span().data(), memory->span().size()) != 0) return skip("no memory may be locked here");
+    if (!lock_memory(memory->span())) return skip("no memory may be locked here");
     ram_section ram;
     ram_block& block = add_block(ram, "locked", *memory);
     block.options.file = {};
@@ -1062,7 +1067,7 @@ TEST_CASE("whether memory can be discarded is tried, and the refusal says what t
     CHECK_THAT(tried(block), contains("ram_options.file that is the one mapped"));
     block.options.file = {};
     CHECK(tried(block) == "no error");
-    if (::mlock(memory->span().data(), memory->span().size()) == 0) {
+    if (lock_memory(memory->span())) {
         CHECK_THAT(tried(block), contains("ram_options.file of the shared mapping, or memory that isn't locked"));
         ::munlock(memory->span().data(), memory->span().size());
     }
