@@ -116,10 +116,10 @@ private:
         return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
     }
     /// Debian 13 compresses them.
-    static std::string module_text(const std::filesystem::path& path) {
+    std::string module_text(const std::filesystem::path& path) const {
         if (path.extension() != ".xz") return text_of(path);
         std::string unpacked;
-        std::FILE* const pipe = ::popen(("xz -dc '" + path.string() + "'").c_str(), "r");
+        std::FILE* const pipe = ::popen((busybox.string() + " xz -dc '" + path.string() + "'").c_str(), "r");
         char some[65536];
         while (pipe != nullptr) {
             const std::size_t got = std::fread(some, 1, sizeof some, pipe);
