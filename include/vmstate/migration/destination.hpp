@@ -25,7 +25,6 @@
 
 #include <vmstate/machine/load.hpp>
 #include <vmstate/machine/machine.hpp>
-#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/guest.hpp>
 #include <vmstate/migration/incoming_channels.hpp>
 #include <vmstate/migration/monitor.hpp>
@@ -41,6 +40,7 @@
 #include <vmstate/stream/connector.hpp>
 #include <vmstate/stream/listener.hpp>
 #include <vmstate/stream/open.hpp>
+#include <vmstate/support/guarded.hpp>
 
 namespace vmstate::migration {
 
@@ -292,7 +292,7 @@ private:
     }
     result<void> run_inside(const channel_acceptor& accept, std::string_view address) {
         // Before anyone hears of `setup`: who observes reads `uri()` then.
-        const result<void> listening = detail::guarded([&] { return listen_at(address); });
+        const result<void> listening = vmstate::detail::guarded([&] { return listen_at(address); });
         if (!monitor_.enter(state::setup)) return under_way();
         {
             const std::lock_guard lock(channel_mutex_);
@@ -302,7 +302,7 @@ private:
             recovery_asked_ = false;
         }
         std::shared_ptr<input_channel> channel;
-        result<void> done = detail::guarded([&]() -> result<void> {
+        result<void> done = vmstate::detail::guarded([&]() -> result<void> {
             if (!listening) return error(listening.error()).within("setup");
             result<incoming_channels> opened = open(accept);
             if (!opened) return std::move(opened.error()).within("setup");
@@ -318,7 +318,7 @@ private:
         uninvited_.close();
         if (postcopy) monitor_.update([&](migration::status& at) { at.postcopy = postcopy->status(); });
         // Where all is loaded the guest runs here, whatever a channel says of its end.
-        if (channel) static_cast<void>(detail::guarded([&] { return channel->close(); }));
+        if (channel) static_cast<void>(vmstate::detail::guarded([&] { return channel->close(); }));
         if (done) return done;
         const bool cancelled = monitor_.now() == state::cancelling;
         if (cancelled) done = error(errc::io, {}, "cancelled");
@@ -426,7 +426,7 @@ private:
             // The source is told, and whoever waits for the main channel goes on.
             pages.emplace(machine_, settings_.multifd_compression, settings_.peer_timeout,
                 [&] {
-                    static_cast<void>(detail::guarded([&] { return back.shut(false); }));
+                    static_cast<void>(vmstate::detail::guarded([&] { return back.shut(false); }));
                     channel.shutdown();
                 },
                 [&] {
@@ -439,7 +439,7 @@ private:
         buffered_reader in(channel, read_ahead);
         // Whatever is thrown from here on: no thread that reads through it may be left when the reader goes.
         const end_of_postcopy released{postcopy.get()};
-        result<void> loaded = detail::guarded([&] { return load(machine_, static_cast<reader&>(in), loading); });
+        result<void> loaded = vmstate::detail::guarded([&] { return load(machine_, static_cast<reader&>(in), loading); });
         monitor_.update([&](migration::status& at) { at.has_return_path = way_back.is_open(); });
         if (pages) {
             // What has gone wrong there is the reason for what is wrong here.
@@ -452,7 +452,7 @@ private:
                 postcopy->note_failure(loaded.error());
                 static_cast<void>(back.shut(false));
             }
-            result<void> done = loaded ? detail::guarded([&] { return run_in_postcopy(*postcopy, main, way_back, back); })
+            result<void> done = loaded ? vmstate::detail::guarded([&] { return run_in_postcopy(*postcopy, main, way_back, back); })
                                        : fail_before_run(*postcopy);
             if (loaded && !done) static_cast<void>(back.shut(false));
             postcopy->release();
@@ -520,18 +520,18 @@ private:
         result<void> received;
         std::thread receiving([&] {
             channel_acceptor accept; // of the connection
-            received = detail::guarded([&] { return receive_memory(postcopy, main, way_back, accept); });
+            received = vmstate::detail::guarded([&] { return receive_memory(postcopy, main, way_back, accept); });
             // Whoever waits for a page goes on, who starts the guest, too.
             if (!received) postcopy.release();
         });
-        result<void> started = detail::guarded([&]() -> result<void> {
+        result<void> started = vmstate::detail::guarded([&]() -> result<void> {
             if (!postcopy.await_run()) return {};
             if (guest_.vcpu_threads) postcopy.set_vcpu_threads(guest_.vcpu_threads());
             return guest_.start ? guest_.start() : result<void>();
         });
         if (!started) {
             given_up_ = true; // it isn't paused when the source hears of it and goes
-            static_cast<void>(detail::guarded([&] { return back.shut(false); }));
+            static_cast<void>(vmstate::detail::guarded([&] { return back.shut(false); }));
             give_up();
         }
         receiving.join();
@@ -554,7 +554,7 @@ private:
                 recovery_asked_ = false;
                 if (given_up_) return std::move(session.error()).within("postcopy");
             }
-            static_cast<void>(detail::guarded([&] { return main->close(); }));
+            static_cast<void>(vmstate::detail::guarded([&] { return main->close(); }));
             monitor_.update([&](migration::status& at) { at.error_desc = session.error(); });
             monitor_.enter(state::postcopy_paused);
             session = recover_once(postcopy, main, accept);
@@ -572,7 +572,7 @@ private:
             accept = recovery_;
         }
         result<std::unique_ptr<input_channel>> next =
-            detail::guarded([&] { return accept({std::chrono::milliseconds(0), stop_token()}); });
+            vmstate::detail::guarded([&] { return accept({std::chrono::milliseconds(0), stop_token()}); });
         if (!next) return std::move(next.error()).within("recover");
         if (!*next) return error(errc::invalid_argument, "a channel", "none").within("recover");
         main = std::move(*next);
@@ -589,7 +589,7 @@ private:
             const std::lock_guard lock(channel_mutex_);
             if (given_up_) postcopy.broken(error(errc::io, {}, "given up"));
         }
-        if (result<void> started = detail::guarded([&] { return postcopy.recover(); }); !started) postcopy.broken(started.error());
+        if (result<void> started = vmstate::detail::guarded([&] { return postcopy.recover(); }); !started) postcopy.broken(started.error());
         return postcopy.wait();
     }
     result<void> check_paused() const {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSL-1.0
 //
-// The state and the status of a migration, shared by its threads and the user's. Depends on status.hpp and guarded.hpp.
+// The state and the status of a migration, shared by its threads and the user's. Depends on status.hpp and support/.
 #pragma once
 
 #include <atomic>
@@ -10,8 +10,8 @@
 #include <mutex>
 #include <utility>
 
-#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/status.hpp>
+#include <vmstate/support/guarded.hpp>
 
 namespace vmstate::migration {
 
@@ -108,7 +108,7 @@ private:
     }
     /// Whatever becomes of the telling, the change has come about, and the migration goes on.
     void tell() const {
-        static_cast<void>(guarded([&]() -> result<void> {
+        static_cast<void>(vmstate::detail::guarded([&]() -> result<void> {
             observer who;
             {
                 const std::lock_guard lock(observer_mutex_);

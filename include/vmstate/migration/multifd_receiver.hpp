@@ -25,10 +25,10 @@
 
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/machine/ram_section.hpp>
-#include <vmstate/migration/guarded.hpp>
 #include <vmstate/ram/multifd_compression.hpp>
 #include <vmstate/ram/multifd_packet.hpp>
 #include <vmstate/stream/channel.hpp>
+#include <vmstate/support/guarded.hpp>
 #include <vmstate/support/result.hpp>
 
 namespace vmstate::migration {
@@ -166,7 +166,7 @@ private:
     // ---- a channel's thread: owns the channel and the decompressor, reads blocks_
 
     void run(worker& one) {
-        const result<void> done = detail::guarded([&]() -> result<void> {
+        const result<void> done = vmstate::detail::guarded([&]() -> result<void> {
             receive(one);
             return {};
         });

@@ -26,10 +26,10 @@
 #include <vector>
 
 #include <vmstate/machine/ram_block.hpp>
-#include <vmstate/migration/guarded.hpp>
 #include <vmstate/ram/multifd_compression.hpp>
 #include <vmstate/ram/multifd_packet.hpp>
 #include <vmstate/stream/channel.hpp>
+#include <vmstate/support/guarded.hpp>
 #include <vmstate/support/result.hpp>
 
 namespace vmstate::migration {
@@ -88,7 +88,7 @@ public:
     /// before, so that they fail here says nothing.
     void finish() {
         join();
-        for (const std::unique_ptr<worker>& one : workers_) static_cast<void>(detail::guarded([&] { return one->channel->close(); }));
+        for (const std::unique_ptr<worker>& one : workers_) static_cast<void>(vmstate::detail::guarded([&] { return one->channel->close(); }));
     }
 
     /// From any thread: every channel fails.
@@ -194,7 +194,7 @@ private:
     // ---- a channel's thread: owns the channel and the compressor; what it is to do is under workers_mutex_
 
     void run(worker& one) {
-        result<void> done = detail::guarded([&] { return work(one); });
+        result<void> done = vmstate::detail::guarded([&] { return work(one); });
         if (!done) break_off(std::move(done.error()).within(name_of(one.id)));
     }
     result<void> work(worker& one) {

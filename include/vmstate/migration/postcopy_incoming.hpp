@@ -30,7 +30,6 @@
 #include <vmstate/machine/machine.hpp>
 #include <vmstate/machine/ram_records.hpp>
 #include <vmstate/machine/wire.hpp>
-#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/migration/status.hpp>
@@ -49,6 +48,7 @@
 #include <vmstate/ram/present_pages.hpp>
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/connector.hpp>
+#include <vmstate/support/guarded.hpp>
 
 namespace vmstate::migration {
 
@@ -386,7 +386,7 @@ private:
             main_->limit_unread(settings_.postcopy_preempt ? 208 * 1024 : 128 * 1024);
         }
         return start(listen_, [this, serve = std::move(serve)] {
-            if (result<void> done = detail::guarded(serve); !done) broken(done.error());
+            if (result<void> done = vmstate::detail::guarded(serve); !done) broken(done.error());
         });
     }
     template <class Job>
@@ -584,7 +584,7 @@ private:
 
     result<void> start_preempt(bool recovered) {
         return start(preempt_, [this, recovered] {
-            if (result<void> done = detail::guarded([&] { return serve_preempt(recovered); }); !done)
+            if (result<void> done = vmstate::detail::guarded([&] { return serve_preempt(recovered); }); !done)
                 broken(std::move(done.error().within("preempt channel")));
             {
                 const std::lock_guard lock(session_mutex_);

@@ -46,7 +46,6 @@
 #include <vmstate/machine/save.hpp>
 #include <vmstate/migration/auto_converge.hpp>
 #include <vmstate/migration/bandwidth.hpp>
-#include <vmstate/migration/guarded.hpp>
 #include <vmstate/migration/guest.hpp>
 #include <vmstate/migration/monitor.hpp>
 #include <vmstate/migration/multifd_sender.hpp>
@@ -61,6 +60,7 @@
 #include <vmstate/stream/buffered_writer.hpp>
 #include <vmstate/stream/connector.hpp>
 #include <vmstate/stream/open.hpp>
+#include <vmstate/support/guarded.hpp>
 
 namespace vmstate::migration {
 
@@ -294,7 +294,7 @@ private:
             end_sent_ = false;
             if (monitor_.now() == state::cancelling) connecting_.request_stop(); // of the one before
         }
-        result<void> started = detail::guarded([&]() -> result<void> {
+        result<void> started = vmstate::detail::guarded([&]() -> result<void> {
             migration_thread_ = std::thread([this, connect = std::move(connect)] { run(connect); });
             return {};
         });
@@ -320,7 +320,7 @@ private:
 
     void run(const channel_connector& connect) {
         std::unique_ptr<output_channel> channel;
-        result<void> done = detail::guarded([&]() -> result<void> {
+        result<void> done = vmstate::detail::guarded([&]() -> result<void> {
             result<std::unique_ptr<output_channel>> opened = connect({parameters().peer_timeout, stop_token()});
             if (opened && !*opened) opened = error(errc::invalid_argument, "a channel", "none");
             if (!opened) return opened.error().within("setup");
@@ -332,7 +332,7 @@ private:
             if (monitor_.now() == state::cancelling) return error(errc::io, {}, "cancelled");
             return migrate(*channel, connect);
         });
-        if (done && guest_left_) done = detail::guarded([&] { return run_postcopy(channel); });
+        if (done && guest_left_) done = vmstate::detail::guarded([&] { return run_postcopy(channel); });
         if (!done && end_sent_ && channel) settle(done, *channel);
         if (!done) prefer_answer(done);
         if (throttled_ != 0) unthrottle();
@@ -344,7 +344,7 @@ private:
         if (postcopy_) postcopy_->detach();
         // The destination's word says where the guest runs; without one, that all could be stored does.
         if (done && channel) {
-            const result<void> closed = detail::guarded([&] { return channel->close(); });
+            const result<void> closed = vmstate::detail::guarded([&] { return channel->close(); });
             if (!has_word) done = closed;
         }
         std::unique_ptr<output_channel> urgent;
@@ -354,7 +354,7 @@ private:
             urgent = std::move(urgent_channel_);
         }
         channel.reset();
-        if (urgent) (void)detail::guarded([&] { return urgent->close(); }); // all that went over it has arrived, or the error is known
+        if (urgent) (void)vmstate::detail::guarded([&] { return urgent->close(); }); // all that went over it has arrived, or the error is known
         finish(done);
     }
     /// All has been sent, and something ended the wait for the destination's last word. That may be on its way, and it alone
@@ -400,7 +400,7 @@ private:
         // The guest first: whoever waits for the end finds it running.
         error failure = done.error();
         if (stopped_at_ && guest_.start) {
-            if (result<void> started = detail::guarded(guest_.start); !started) failure = started.error().within("start");
+            if (result<void> started = vmstate::detail::guarded(guest_.start); !started) failure = started.error().within("start");
         }
         stopped_at_.reset();
         const bool cancelled = monitor_.now() == state::cancelling;
@@ -420,7 +420,7 @@ private:
             const std::lock_guard lock(channel_mutex_);
             multifd_ = stream.multifd.get();
         }
-        result<void> done = detail::guarded([&] { return migrate_over(stream, channel, connect, settings); });
+        result<void> done = vmstate::detail::guarded([&] { return migrate_over(stream, channel, connect, settings); });
         if (!stream.multifd) return done;
         {
             const std::lock_guard lock(channel_mutex_);
@@ -719,7 +719,7 @@ private:
     }
 
     void unthrottle() {
-        static_cast<void>(detail::guarded([&]() -> result<void> {
+        static_cast<void>(vmstate::detail::guarded([&]() -> result<void> {
             set_throttle(0);
             return {};
         }));
@@ -935,7 +935,7 @@ private:
             return check_peer();
         };
         // What is thrown ends the connection alone, as what fails: the guest at the destination needs the next.
-        result<void> done = detail::guarded([&]() -> result<void> {
+        result<void> done = vmstate::detail::guarded([&]() -> result<void> {
             const auto bandwidth = [&] { return parameters().max_postcopy_bandwidth; };
             if (result<void> sent = postcopy_->send_rest(bandwidth, parameters().peer_timeout / 4, fine); !sent) return sent;
             return await_last_word(parameters());
@@ -992,7 +992,7 @@ private:
         }
     }
     result<void> recover_over(std::unique_ptr<output_channel>& channel, const channel_connector& connect) {
-        result<void> done = detail::guarded([&] { return shake_hands_again(channel, connect); });
+        result<void> done = vmstate::detail::guarded([&] { return shake_hands_again(channel, connect); });
         if (!done) return std::move(done.error().within("postcopy-recover"));
         monitor_.update([&](migration::status& at) { at.error_desc = {}; });
         if (!monitor_.enter(state::postcopy_active)) return error(errc::io, {}, "abandoned");
@@ -1066,7 +1066,7 @@ private:
     // ---- the return-path thread: owns way_back_
 
     void read_return_path() {
-        const result<void> answer = detail::guarded([this] { return listen_to_peer(); });
+        const result<void> answer = vmstate::detail::guarded([this] { return listen_to_peer(); });
         {
             const std::lock_guard lock(answer_mutex_);
             answer_ = answer;

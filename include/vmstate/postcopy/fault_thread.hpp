@@ -16,7 +16,6 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -30,6 +29,7 @@
 #include <vmstate/postcopy/page_requests.hpp>
 #include <vmstate/postcopy/received_pages.hpp>
 #include <vmstate/postcopy/statistics.hpp>
+#include <vmstate/support/guarded.hpp>
 #include <vmstate/support/result.hpp>
 #include <vmstate/support/unique_fd.hpp>
 
@@ -138,20 +138,12 @@ private:
         }
     }
 
-    /// What is thrown there (no memory, something of a client's) is a failure as any other: nobody else hears of faults.
-    template <class Work>
-    static result<void> guarded(Work work) try {
-        return work();
-    } catch (const std::exception& thrown) {
-        return error(errc::io, {}, thrown.what());
-    }
-
     /// The thread. Owns nothing; takes `clients_mutex_` for each round of faults, and what placing and asking take.
     void serve() {
         std::vector<pollfd> events;
         std::vector<unsigned> numbers; // of the clients in `events`, behind the first two
         for (bool goes_on = true; goes_on;)
-            report(guarded([&]() -> result<void> {
+            report(detail::guarded([&]() -> result<void> {
                 goes_on = serve_round(events, numbers);
                 return {};
             }));
@@ -196,7 +188,7 @@ private:
         result<void> done = read_faults(placer_.fault().get(), [&](std::uint64_t address, std::uint32_t thread_id, clock::time_point now) {
             const std::optional<ram_address> where = placer_.received().locate(address);
             if (!where) return fail(error(errc::bad_ram, "a fault in guest memory", "one at " + std::to_string(address)));
-            const result<void> served = guarded([&]() -> result<void> {
+            const result<void> served = detail::guarded([&]() -> result<void> {
                 serve_fault(*where, placer_.has_thread_ids() ? thread_id : 0, now);
                 return {};
             });
@@ -219,11 +211,11 @@ private:
         if ((revents & ~POLLIN) != 0)
             done = error(errc::io, "a client's userfaultfd ready to read", "poll says " + std::to_string(revents));
         else if (revents != 0)
-            done = guarded([&] { return read_faults(who, number); });
+            done = detail::guarded([&] { return read_faults(who, number); });
         if (done && is_gone) done = error(errc::io, "a client that stays", "the end of its connection");
         if (done) return;
         // It would be ready again at once, for ever.
-        report(guarded([&]() -> result<void> {
+        report(detail::guarded([&]() -> result<void> {
             fail(who, done.error(), true);
             return {};
         }));
@@ -295,7 +287,7 @@ private:
     /// Without memory even for that, nobody is told.
     void report(const result<void>& of) const {
         if (of) return;
-        static_cast<void>(guarded([&]() -> result<void> {
+        static_cast<void>(detail::guarded([&]() -> result<void> {
             fail(of.error());
             return {};
         }));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // What is thrown in a migration's threads (no memory, no thread, something of the user's) ends the migration, not the
-// process, which has a guest to run. Depends on support/.
+// process, which has a guest to run. Depends on support/result.hpp.
 #pragma once
 
 #include <exception>
@@ -10,7 +10,7 @@
 
 #include <vmstate/support/result.hpp>
 
-namespace vmstate::migration::detail {
+namespace vmstate::detail {
 
 /// Calls `work`, which returns a `result`.
 template <class Work>
@@ -20,4 +20,4 @@ std::invoke_result_t<Work> guarded(Work&& work) try {
     return error(errc::io, {}, thrown.what());
 }
 
-} // namespace vmstate::migration::detail
+} // namespace vmstate::detail
