@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: BSL-1.0
 //
 // The backend's side of page notices: a thread that hears of the backend's own faults, asks the VMM for what its file hasn't,
-// and maps what it has. Depends on page_notices.hpp, ram/userfault.hpp and Linux.
+// and maps what it has. Depends on page_notices.hpp, polling_thread.hpp, ram/userfault.hpp and Linux.
 #pragma once
 
 #include <linux/userfaultfd.h>
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,8 +17,6 @@
 #include <set>
 #include <span>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -27,6 +24,7 @@
 #include <vmstate/support/result.hpp>
 #include <vmstate/support/unique_fd.hpp>
 #include <vmstate/vhost_user/page_notices.hpp>
+#include <vmstate/vhost_user/polling_thread.hpp>
 
 namespace vmstate::vhost_user {
 
@@ -56,30 +54,17 @@ public:
         stop();
         regions_ = std::move(regions);
         missed_.clear();
-        stop_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-        if (!stop_) return userfault::failure("eventfd");
-        try {
-            thread_ = std::thread([this] { serve(); });
-        } catch (const std::system_error& refused) {
-            return error(errc::io, {}, std::string("thread: ") + refused.what());
-        }
-        return {};
+        return thread_.start([this](int stop) { serve(stop); });
     }
     /// Harmless twice.
-    void stop() noexcept {
-        if (!thread_.joinable()) return;
-        const std::uint64_t one = 1;
-        while (::write(stop_.get(), &one, sizeof one) < 0 && errno == EINTR) {
-        }
-        thread_.join();
-    }
+    void stop() noexcept { thread_.stop(); }
 
 private:
     /// The thread. It touches no guest memory, and waits for nothing but this.
-    void serve() {
+    void serve(int stop) {
         for (;;) {
             const bool full = missed_.size() >= max_missed_pages;
-            std::array<pollfd, 3> events{{{stop_.get(), POLLIN, 0}, {notices_.get(), POLLIN, 0}, {full ? -1 : faults_.get(), POLLIN, 0}}};
+            std::array<pollfd, 3> events{{{stop, POLLIN, 0}, {notices_.get(), POLLIN, 0}, {full ? -1 : faults_.get(), POLLIN, 0}}};
             if (::poll(events.data(), events.size(), -1) < 0) {
                 if (errno == EINTR) continue;
                 return;
@@ -134,8 +119,7 @@ private:
 
     const userfault& faults_;
     const unique_fd notices_;
-    unique_fd stop_;
-    std::thread thread_;
+    detail::polling_thread thread_;
     // The thread's, while there is one.
     std::vector<region> regions_;
     std::set<page_notice> missed_;
