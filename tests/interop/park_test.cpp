@@ -303,10 +303,10 @@ TEST_CASE("a machine that can't be kept runs on where it is") {
     first.wait_serial([&](std::string_view now) { return now.size() > before.size(); }, "more of it");
 }
 
-TEST_CASE("a signal that ends the wait for a machine leaves nothing behind") {
-    VMSTATE_REQUIRE_QEMU();
-    const temporary_directory directory;
-    const auto path = [&](const char* name) { return (directory / name).string(); };
+namespace {
+
+/// Options of `receive` in which it waits differently. Their certificates, and a schema for any of them, go into `directory`.
+std::vector<std::string> ways_to_wait(const temporary_directory& directory) {
     {
         qemu first({.machine = "microvm", .rom = guest_rom("counter")});
         REQUIRE(first.migrate_to_file(directory / "schema").completed);
@@ -314,7 +314,16 @@ TEST_CASE("a signal that ends the wait for a machine leaves nothing behind") {
     certificate_authority authority;
     authority.write(directory.path());
     authority.issue({}).write(directory.path(), "server");
-    for (const std::string& way : {std::string(), " --tls-x509 " + directory.path().string(), std::string(" --multifd 2")}) {
+    return {"", " --tls-x509 " + directory.path().string(), " --multifd 2"};
+}
+
+} // namespace
+
+TEST_CASE("a signal that ends the wait for a machine leaves nothing behind") {
+    VMSTATE_REQUIRE_QEMU();
+    const temporary_directory directory;
+    const auto path = [&](const char* name) { return (directory / name).string(); };
+    for (const std::string& way : ways_to_wait(directory)) {
         CAPTURE(way);
         park receiving("receive unix:" + path("in") + " " + path("parked") + " --schema " + path("schema") + way,
             "echo $$ >'" + path("pid") + "'; exec "); // timeout passes the signal on
@@ -339,14 +348,7 @@ TEST_CASE("who connects and says nothing isn't waited for longer than one says")
     VMSTATE_REQUIRE_QEMU();
     const temporary_directory directory;
     const auto path = [&](const char* name) { return (directory / name).string(); };
-    {
-        qemu first({.machine = "microvm", .rom = guest_rom("counter")});
-        REQUIRE(first.migrate_to_file(directory / "schema").completed);
-    }
-    certificate_authority authority;
-    authority.write(directory.path());
-    authority.issue({}).write(directory.path(), "server");
-    for (const std::string& way : {std::string(), " --tls-x509 " + directory.path().string(), std::string(" --multifd 2")}) {
+    for (const std::string& way : ways_to_wait(directory)) {
         CAPTURE(way);
         const std::string uri = "unix:" + path("in");
         park receiving("receive " + uri + " " + path("parked") + " --timeout 1 --schema " + path("schema") + way);
