@@ -118,7 +118,9 @@ public:
         message.msg_iov = room.data();
         message.msg_iovlen = count;
         for (;;) {
-            const ssize_t got = ::recvmsg(socket_->get(), &message, flags());
+            // Not to wait in here: both directions wait in one queue, and each time that the other one has room again, the
+            // system wakes who waits in recvmsg, and poll only who waits for what there is.
+            const ssize_t got = ::recvmsg(socket_->get(), &message, MSG_DONTWAIT);
             if (got > 0) return static_cast<std::size_t>(got);
             if (got == 0) {
                 if (socket_->was_shut_down()) return shut_down();
@@ -200,15 +202,15 @@ private:
         if (socket_->was_shut_down()) return shut_down();
         return {};
     }
-    // With a bound the waiting is poll's; without one the system's own is a call less.
-    int flags() const noexcept { return timeout_.count() > 0 ? MSG_DONTWAIT : 0; }
+    // With a bound the waiting is poll's; without one the system's own is a call less, and does what was to be written whole.
+    int writing_flags() const noexcept { return timeout_.count() > 0 ? MSG_DONTWAIT : 0; }
 
     result<void> send_all(std::span<iovec> vector) const {
         while (!vector.empty()) {
             msghdr message{};
             message.msg_iov = vector.data();
             message.msg_iovlen = vector.size();
-            const ssize_t sent = ::sendmsg(socket_->get(), &message, MSG_NOSIGNAL | flags());
+            const ssize_t sent = ::sendmsg(socket_->get(), &message, MSG_NOSIGNAL | writing_flags());
             if (sent < 0) {
                 if (result<void> ready = wait_after(errno, POLLOUT, "write"); !ready) return ready;
                 continue;
