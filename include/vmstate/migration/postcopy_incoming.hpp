@@ -49,6 +49,7 @@
 #include <vmstate/stream/buffered_reader.hpp>
 #include <vmstate/stream/connector.hpp>
 #include <vmstate/support/guarded.hpp>
+#include <vmstate/support/short_slice.hpp>
 
 namespace vmstate::migration {
 
@@ -584,6 +585,7 @@ private:
 
     result<void> start_preempt(bool recovered) {
         return start(preempt_, [this, recovered] {
+            vmstate::detail::prefer_short_slice();
             if (result<void> done = vmstate::detail::guarded([&] { return serve_preempt(recovered); }); !done)
                 broken(std::move(done.error().within("preempt channel")));
             {

@@ -61,6 +61,7 @@
 #include <vmstate/stream/connector.hpp>
 #include <vmstate/stream/open.hpp>
 #include <vmstate/support/guarded.hpp>
+#include <vmstate/support/short_slice.hpp>
 
 namespace vmstate::migration {
 
@@ -1066,6 +1067,7 @@ private:
     // ---- the return-path thread: owns way_back_
 
     void read_return_path() {
+        vmstate::detail::prefer_short_slice(); // it sends what a guest stands still for
         const result<void> answer = vmstate::detail::guarded([this] { return listen_to_peer(); });
         {
             const std::lock_guard lock(answer_mutex_);

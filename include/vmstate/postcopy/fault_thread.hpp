@@ -31,6 +31,7 @@
 #include <vmstate/postcopy/statistics.hpp>
 #include <vmstate/support/guarded.hpp>
 #include <vmstate/support/result.hpp>
+#include <vmstate/support/short_slice.hpp>
 #include <vmstate/support/unique_fd.hpp>
 
 namespace vmstate {
@@ -140,6 +141,7 @@ private:
 
     /// The thread. Owns nothing; takes `clients_mutex_` for each round of faults, and what placing and asking take.
     void serve() {
+        detail::prefer_short_slice();
         std::vector<pollfd> events;
         std::vector<unsigned> numbers; // of the clients in `events`, behind the first two
         for (bool goes_on = true; goes_on;)
