@@ -21,6 +21,7 @@
 #include <vmstate/stream/socket_channel.hpp>
 
 #include <support/catch.hpp>
+#include <support/zero_frame.hpp>
 
 using namespace vmstate;
 using namespace vmstate::tests;
@@ -158,7 +159,9 @@ TEST_CASE("without a return path nobody can tell, and every zero page is said") 
     REQUIRE(all.arrived);
     CHECK(all.status.ram.duplicate == pages - 1);
     CHECK(present_pages(here) == 1);
-    CHECK(present_pages(there) == 2);
+    // To know that a zero page needn't be written it is read.
+    if (kind == "memfd" || has_zero_frame()) CHECK(present_pages(there) == 2);
+    else WARN("a kernel without a page of zeros: which pages are there afterwards is not looked at");
     CHECK(first_byte(there, 5) == 1);
     CHECK(first_byte(there, 9) == 0);
 }
