@@ -139,6 +139,15 @@ void read_all(int fd, void* into, std::size_t size) {
         done += static_cast<std::size_t>(got);
     }
 }
+/// A userfaultfd for what is missing in `memory`.
+int watch_faults(std::span<std::byte> memory) {
+    const int fault = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC));
+    expect(fault >= 0, "userfaultfd");
+    uffdio_api api{UFFD_API, 0, 0};
+    uffdio_register area{{reinterpret_cast<std::uintptr_t>(memory.data()), memory.size()}, UFFDIO_REGISTER_MODE_MISSING, 0};
+    expect(::ioctl(fault, UFFDIO_API, &api) == 0 && ::ioctl(fault, UFFDIO_REGISTER, &area) == 0, "UFFDIO_REGISTER");
+    return fault;
+}
 /// Asks for what is missing in `memory`, for as long as the process lives.
 void serve_faults(int fault, int source, std::span<std::byte> memory) {
     alignas(page_size) static std::array<std::byte, page_size> page;
@@ -179,11 +188,7 @@ trial run_limit(const load& what, std::span<std::byte> memory, bool on_one_proce
     child destination([&](bench::pipe&) {
         ::close(ends[0]);
         const mapping into(memory.size(), backing::small_pages);
-        const int fault = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC));
-        expect(fault >= 0, "userfaultfd");
-        uffdio_api api{UFFD_API, 0, 0};
-        uffdio_register area{{reinterpret_cast<std::uintptr_t>(into.begin()), into.size}, UFFDIO_REGISTER_MODE_MISSING, 0};
-        expect(::ioctl(fault, UFFDIO_API, &api) == 0 && ::ioctl(fault, UFFDIO_REGISTER, &area) == 0, "UFFDIO_REGISTER");
+        const int fault = watch_faults(into.span());
         std::thread(serve_faults, fault, ends[1], into.span()).detach();
         read_pages(into.span(), std::min(what.reads, limit_reads), *guest);
         std::fflush(nullptr);
@@ -330,13 +335,10 @@ double long_read() {
     static const double time = [] {
         constexpr std::size_t pages = 2048;
         const mapping ram(pages * page_size, backing::small_pages);
-        const int fault = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC));
-        expect(fault >= 0, "userfaultfd");
-        uffdio_api api{UFFD_API, 0, 0};
-        uffdio_register area{{reinterpret_cast<std::uintptr_t>(ram.begin()), ram.size}, UFFDIO_REGISTER_MODE_MISSING, 0};
-        expect(::ioctl(fault, UFFDIO_API, &api) == 0 && ::ioctl(fault, UFFDIO_REGISTER, &area) == 0, "UFFDIO_REGISTER");
+        const int fault = watch_faults(ram.span());
         const std::vector<std::byte> noise(ram.size, std::byte{1});
-        uffdio_copy copy{area.range.start, reinterpret_cast<std::uintptr_t>(noise.data()), ram.size, 0, 0};
+        uffdio_copy copy{reinterpret_cast<std::uintptr_t>(ram.begin()), reinterpret_cast<std::uintptr_t>(noise.data()),
+            ram.size, 0, 0};
         expect(::ioctl(fault, UFFDIO_COPY, &copy) == 0, "UFFDIO_COPY");
         std::vector<double> reads;
         for (std::size_t page = 0; page != pages; ++page) {
