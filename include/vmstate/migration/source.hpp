@@ -1067,7 +1067,7 @@ private:
     // ---- the return-path thread: owns way_back_
 
     void read_return_path() {
-        vmstate::detail::prefer_short_slice(); // it sends what a guest stands still for
+        if (parameters().postcopy_ram) vmstate::detail::prefer_short_slice(); // it sends what a guest stands still for
         const result<void> answer = vmstate::detail::guarded([this] { return listen_to_peer(); });
         {
             const std::lock_guard lock(answer_mutex_);
