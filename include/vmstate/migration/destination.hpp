@@ -385,6 +385,8 @@ private:
 
     /// What lies ready is copied to its page from the processor's cache; more than this would have left it.
     static constexpr std::size_t read_ahead = 256 * 1024;
+    /// A source whose migration is over closes its channels at once.
+    static constexpr std::chrono::milliseconds farewell{1000};
 
     void prepare_memory() {
         if (!settings_.advise_huge_pages || machine_.ram() == nullptr) return;
@@ -443,7 +445,7 @@ private:
         monitor_.update([&](migration::status& at) { at.has_return_path = way_back.is_open(); });
         if (pages) {
             // What has gone wrong there is the reason for what is wrong here.
-            if (result<void> complete = pages->finish(loaded.has_value()); !complete) loaded = complete;
+            if (result<void> complete = loaded ? pages->complete() : pages->finish(); !complete) loaded = complete;
         }
         if (loaded && !(postcopy && postcopy->is_listening())) loaded = refuse_uninvited();
         if (postcopy && postcopy->is_listening()) {
@@ -489,6 +491,7 @@ private:
             if (result<void> started = guest_.start(); !started) return std::move(started.error()).within("start");
         }
         monitor_.enter(state::completed);
+        if (pages) pages->drain(farewell);
         return {};
     }
     void update_ram(std::uint64_t main_bytes, std::uint64_t multifd_bytes) {

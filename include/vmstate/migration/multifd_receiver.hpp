@@ -33,7 +33,7 @@
 
 namespace vmstate::migration {
 
-/// The thread that loads the main channel calls `start`, the sync points and `finish`.
+/// The thread that loads the main channel calls `start`, the sync points, `complete`, `drain` and `finish`.
 ///
 /// Which sync points a source has is seen from its first section: MULTIFD_FLUSH records (QEMU 8.1), or, where there is
 /// none before the first EOS, each EOS (QEMU's multifd-flush-after-each-section).
@@ -51,7 +51,7 @@ public:
         , patience_(patience)
         , failed_(std::move(failed))
         , before_pages_(std::move(before_pages)) {}
-    ~multifd_receiver() override { static_cast<void>(finish(false)); }
+    ~multifd_receiver() override { static_cast<void>(finish()); }
 
     /// Channels by their ids; their initial packets have been read.
     result<void> start(std::vector<std::shared_ptr<input_channel>> channels) {
@@ -81,16 +81,31 @@ public:
         return sync();
     }
 
-    /// Ends all threads. With `loaded`, the main stream is complete: an error if pages came that no sync point waited for.
-    /// A SYNC alone may be left: QEMU 9.1 and 9.2 send one at the very end, and no MULTIFD_FLUSH with it (since its commit
-    /// 637280aeb2). Otherwise, and in any case before: why the first channel failed that did, if one did.
-    result<void> finish(bool loaded) {
+    /// The main stream has been loaded: an error if pages came that no sync point waited for. A SYNC alone may be left:
+    /// QEMU 9.1 and 9.2 send one at the very end, and no MULTIFD_FLUSH with it (since its commit 637280aeb2). From here on
+    /// no page is written any more, and no channel's failure matters.
+    result<void> complete() {
+        const std::lock_guard lock(workers_mutex_);
+        complete_.store(true);
+        for (const std::unique_ptr<worker>& one : workers_)
+            if (!failure_ && (one->has_new_pages.load() || (syncs_ == 0 && machine_.ram() != nullptr)))
+                failure_ = error(errc::bad_ram, "a sync point in the main stream", "none").within(name_of(one->id));
+        resume_.notify_all();
+        return failure_ ? result<void>(failure_) : result<void>();
+    }
+    /// After `complete`: reads on until the source has closed all channels, at most for so long. QEMU up to 8.2 may owe a
+    /// packet behind the last SYNC: its thread, asked for pages and for a SYNC at once, sends both in one, and then an empty
+    /// one. A channel that is closed before that fails its migration.
+    void drain(std::chrono::milliseconds patience) {
+        std::unique_lock lock(workers_mutex_);
+        arrived_.wait_for(lock, patience, [&] {
+            return std::all_of(workers_.begin(), workers_.end(), [](const std::unique_ptr<worker>& one) { return one->ended; });
+        });
+    }
+    /// Ends all threads. Why the first channel failed that did, if one did.
+    result<void> finish() {
         {
             const std::lock_guard lock(workers_mutex_);
-            if (loaded)
-                for (const std::unique_ptr<worker>& one : workers_)
-                    if (!failure_ && (one->has_new_pages.load() || (syncs_ == 0 && machine_.ram() != nullptr)))
-                        failure_ = error(errc::bad_ram, "a sync point in the main stream", "none").within(name_of(one->id));
             ending_ = true;
             for (const std::unique_ptr<worker>& one : workers_) one->channel->shutdown();
         }
@@ -197,6 +212,8 @@ private:
             if (!header) return break_off(one, header.error());
             if (header->normal.size() + header->zero.size() != 0) {
                 one.has_new_pages.store(true);
+                // One of the two sees what the other has stored.
+                if (complete_.load()) return end_quietly(one, error(errc::bad_ram, "the end", "a page"));
                 if (result<void> done = receive_pages(one, *header, room); !done) return break_off(one, done.error());
             }
             bytes_.fetch_add(room.header.size() + header->next_packet_size, std::memory_order_relaxed);
@@ -208,7 +225,7 @@ private:
         std::unique_lock lock(workers_mutex_);
         one.at_sync = true;
         arrived_.notify_one();
-        resume_.wait(lock, [&] { return ending_ || !one.at_sync; });
+        resume_.wait(lock, [&] { return ending_ || complete_ || !one.at_sync; });
         return !ending_;
     }
     void end_quietly(worker& one, const error& why) {
@@ -216,9 +233,14 @@ private:
         one.ended = why;
         arrived_.notify_one();
     }
-    void break_off(const worker& one, error why) {
+    void break_off(worker& one, error why) {
         {
             const std::lock_guard lock(workers_mutex_);
+            if (complete_) {
+                one.ended = std::move(why);
+                arrived_.notify_one();
+                return;
+            }
             if (ending_ || failure_) return;
             failure_ = why.within(name_of(one.id));
             arrived_.notify_one();
@@ -310,6 +332,7 @@ private:
     std::condition_variable resume_;
     error failure_;
     bool ending_ = false;
+    std::atomic<bool> complete_ = false; ///< stored under it
     std::uint64_t syncs_ = 0;
     std::atomic<std::uint64_t> reads_ = 0;
     std::atomic<std::uint64_t> bytes_ = 0;
