@@ -80,6 +80,7 @@ public:
     struct manners {
         bool waits_for_run = false; // says so, as one of ours does
         bool says_loaded = true;
+        bool asks_by_preempt = false; // as one of ours may
     };
     scripted_destination(std::unique_ptr<duplex_channel> channel, std::vector<line> script, manners has)
         : channel_(std::move(channel)), script_(std::move(script)), manners_(has), thread_([this] { run(); }) {}
@@ -129,6 +130,11 @@ private:
             bytes waits;
             put(waits, migration::pong_waits_for_run, 4);
             say(message(2, waits));
+        }
+        if (ping == own && manners_.asks_by_preempt) {
+            bytes asks;
+            put(asks, migration::pong_preempt_requests, 4);
+            say(message(2, asks));
         }
         if (ping != end || manners_.says_loaded) say(message(2, ping));
     }
@@ -231,6 +237,97 @@ TEST_CASE("a destination that asks for what can't be, or answers what nobody ask
         CHECK_THAT(ended.why.message(), contains("postcopy-active/return path") && contains(one.text));
     }
     leaks.check(16 * std::size(deeds)); // with four threads each time, of which a sanitizer remembers something
+}
+
+namespace {
+
+/// The source's two channels, one after the other.
+channel_connector both(std::unique_ptr<duplex_channel> main, std::unique_ptr<duplex_channel> urgent) {
+    struct ends {
+        std::unique_ptr<duplex_channel> channels[2];
+        std::size_t next = 0;
+    };
+    auto held = std::make_shared<ends>();
+    held->channels[0] = std::move(main);
+    held->channels[1] = std::move(urgent);
+    return [held](const opening_options&) -> result<std::unique_ptr<output_channel>> {
+        if (held->next == 2) return error(errc::io, {}, "no third one");
+        return std::unique_ptr<output_channel>(std::move(held->channels[held->next++]));
+    };
+}
+
+} // namespace
+
+TEST_CASE("what a destination asks for over the preempt channel comes there, and what can't be asked there is said by name") {
+    struct deed {
+        const char* name;
+        bytes says; // empty: closes
+        errc code;
+        const char* text;
+        bool paused;
+    };
+    const deed deeds[] = {
+        {"outside", request(page_count * page, page, "ram"), errc::bad_ram, "REQ_PAGES_ID/ram", false},
+        {"unknown block", request(0, page, "rom"), errc::bad_ram, "\"rom\"", false},
+        {"SHUT", message(1, {0, 0, 0, 0}), errc::bad_command, "a request for pages, found message 1", false},
+        {"another type", message(99, {}), errc::bad_command, "99", false},
+        {"the end", {}, errc::truncated, "stream ends too early", true},
+        {"half a message", {0, 3, 0, 16, 0}, errc::truncated, "stream ends too early", true},
+    };
+    for (const deed& one : deeds) {
+        CAPTURE(one.name);
+        small_machine from(page_count);
+        fill(from);
+        from.start();
+        auto [ours, theirs] = make_pair();
+        auto [urgent, urgent_there] = make_pair();
+        scripted_destination destination(std::move(theirs), {}, {.asks_by_preempt = true});
+        migration::source source(from.state, from.control,
+            {.postcopy_ram = true, .postcopy_preempt = true, .max_postcopy_bandwidth = 1 << 20, .peer_timeout = 10s});
+        REQUIRE(source.start(both(std::move(ours), std::move(urgent))));
+        REQUIRE(source.start_postcopy());
+        REQUIRE(wait_for([&] { return source.status().state == state::postcopy_active; }));
+        const auto say = [&, &there = *urgent_there](const bytes& what) {
+            const std::span<const std::byte> whole = std::as_bytes(std::span(what));
+            CHECK(there.writev({&whole, 1}));
+        };
+        // The last page is what nobody has sent yet.
+        say(request((page_count - 1) * page, page, "ram"));
+        std::vector<std::byte> record(8 + 1 + 3 + page);
+        for (std::span<std::byte> rest(record); !rest.empty();) {
+            const result<std::size_t> got = urgent_there->read_some({&rest, 1});
+            REQUIRE(got);
+            REQUIRE(*got != 0);
+            rest = rest.subspan(*got);
+            // All of it is zero: nine bytes more than the name.
+            if (record[7] == std::byte{2} && record.size() - rest.size() == 13) break;
+        }
+        CHECK((vmstate::detail::load_big<std::uint64_t>(record.data()) & ~std::uint64_t{page - 1}) == (page_count - 1) * page);
+        if (one.says.empty() || one.code == errc::truncated) {
+            if (!one.says.empty()) say(one.says);
+            urgent_there->shutdown();
+        } else {
+            say(one.says);
+        }
+        REQUIRE(wait_for([&] { return is_final(source.status().state) || source.status().state == state::postcopy_paused; }));
+        CHECK((source.status().state == state::postcopy_paused) == one.paused);
+        CHECK(source.status().error_desc == one.code);
+        CHECK_THAT(source.status().error_desc.message(), contains("postcopy-active/preempt channel") && contains(one.text));
+        CHECK(source.give_up().has_value() == one.paused);
+        CHECK_FALSE(source.wait());
+        CHECK(from.starts == 0);
+    }
+}
+
+TEST_CASE("an answer about the preempt channel by a destination that was told of none is no harm") {
+    small_machine from(page_count);
+    auto [ours, theirs] = make_pair();
+    scripted_destination destination(std::move(theirs), {{run_command, {}}}, {.asks_by_preempt = true});
+    migration::source source(from.state, from.control, {.postcopy_ram = true, .peer_timeout = 10s});
+    REQUIRE(source.start(std::move(ours)));
+    REQUIRE(source.start_postcopy());
+    CHECK(wait_for([&] { return source.status().state == state::postcopy_paused; }));
+    CHECK(destination.heard(0));
 }
 
 TEST_CASE("a destination that goes away before RUN: one of ours needs nobody, of a QEMU it has to be known that it is gone") {

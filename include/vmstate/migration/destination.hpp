@@ -183,6 +183,8 @@ private:
                 postcopy_->let_run_come_later();
                 if (result<void> told = back_.send(return_message::pong, pong_waits_for_run); !told) return told;
             }
+            if (value == ping_preempt_requests && postcopy_ != nullptr && postcopy_->let_preempt_carry_requests())
+                if (result<void> told = back_.send(return_message::pong, pong_preempt_requests); !told) return told;
             if (value == ping_which_blocks_are_zero) {
                 if (!zero_blocks_) find_zero_blocks();
                 for (const std::uint32_t number : *zero_blocks_) {

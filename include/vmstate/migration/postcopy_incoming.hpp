@@ -85,6 +85,11 @@ public:
     }
     /// The source was told that RUN may come behind the package.
     void let_run_come_later() noexcept { run_may_come_later_.store(true); }
+    /// The source reads requests from the preempt channel, too. False where there is none.
+    bool let_preempt_carry_requests() noexcept {
+        preempt_carries_requests_.store(settings_.postcopy_preempt);
+        return settings_.postcopy_preempt;
+    }
 
     // ---- what the stream asks for, until the guest runs
 
@@ -215,7 +220,7 @@ public:
     }
     /// After `wait` said that something went wrong: the guest keeps what it has.
     void pause() {
-        requests_.disconnect();
+        stop_asking();
         if (!progress_.enter(postcopy_state::paused)) return; // nobody came
         const std::lock_guard lock(statistics_mutex_);
         ++interruptions_;
@@ -246,7 +251,7 @@ public:
             released_ = true;
         }
         changed_.notify_all();
-        requests_.disconnect();
+        stop_asking();
         if (listen_.joinable()) listen_.join();
         end_preempt();
         for (postcopy_observer* const who : advised_) who->end(!faults_ || progress_.now() == postcopy_state::end);
@@ -301,6 +306,12 @@ private:
         vmstate::detail::memory_kind kind;
         page_bitmap pages;
     };
+    struct preempt_way_back {
+        explicit preempt_way_back(std::unique_ptr<duplex_channel> way) : channel(std::move(way)), sender(*channel) {}
+
+        std::unique_ptr<duplex_channel> channel;
+        return_path_sender sender;
+    };
 
     void break_off_locked() {
         accepting_.request_stop();
@@ -325,9 +336,32 @@ private:
         received_.for_each_block([&](const ram_block& block) { set_transparent_huge_pages(block, on); });
     }
     result<void> ask() {
-        return requests_.connect([this](const page_request_message& message) {
-            return back_.send(static_cast<return_message>(message.type()), message.payload());
+        const std::lock_guard lock(asking_mutex_);
+        asking_ = true;
+        return ask_locked();
+    }
+    /// The same over the preempt channel, from now on or when it begins: the main channel's socket is busy in both
+    /// directions.
+    result<void> ask_over(input_channel& preempt) {
+        result<std::unique_ptr<duplex_channel>> back = preempt.get_return_path();
+        if (!back && back.error() == errc::unsupported) return {};
+        if (!back) return back.error();
+        (*back)->set_timeout(settings_.peer_timeout);
+        const std::lock_guard lock(asking_mutex_);
+        preempt_back_ = std::make_shared<preempt_way_back>(std::move(*back));
+        return asking_ ? ask_locked() : result<void>();
+    }
+    result<void> ask_locked() {
+        return requests_.connect([this, quick = preempt_back_](const page_request_message& message) {
+            const auto type = static_cast<return_message>(message.type());
+            return quick ? quick->sender.send(type, message.payload()) : back_.send(type, message.payload());
         });
+    }
+    void stop_asking() {
+        const std::lock_guard lock(asking_mutex_);
+        asking_ = false;
+        preempt_back_.reset();
+        requests_.disconnect();
     }
     /// Of what was thrown away, what was looked at and found.
     struct found_pages {
@@ -614,6 +648,8 @@ private:
             changed_.wait(lock, [&] { return listening_ || over_ || failure_; });
             if (over_ || failure_) return {};
         }
+        if (preempt_carries_requests_.load())
+            if (result<void> asked = ask_over(*channel); !asked) return asked;
         buffered_reader in(*channel);
         page_stream at{in, ram_record_reader(received_.page_size()), page_assembler(*placer_)};
         if (recovered) at.assembler.drop();
@@ -662,6 +698,7 @@ private:
     std::vector<postcopy_observer*> advised_; ///< and not told of the end yet
 
     std::atomic<bool> run_may_come_later_ = false;
+    std::atomic<bool> preempt_carries_requests_ = false;
     postcopy_progress progress_;
     postcopy_statistics statistics_;
     page_requests requests_;
@@ -670,6 +707,10 @@ private:
 
     std::atomic<std::uint64_t> placed_ = 0; ///< host pages
     std::atomic<bool> awaiting_ = false;    ///< the last of them
+
+    std::mutex asking_mutex_; ///< the next two, and what requests_ is connected to
+    bool asking_ = false;
+    std::shared_ptr<preempt_way_back> preempt_back_; ///< of this connection, where the source reads requests there
 
     mutable std::mutex statistics_mutex_; ///< interruptions_
     std::uint64_t interruptions_ = 0;

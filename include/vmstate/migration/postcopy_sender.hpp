@@ -56,9 +56,9 @@ struct postcopy_counts {
     std::uint64_t duplicate = 0; ///< zero pages
 };
 
-/// Two threads use it: the migration thread, which sends what nobody waits for, and the return-path thread, which hears
-/// what the destination asks for and, with an urgent channel, sends that itself. Each connection begins with `attach` and
-/// ends with `detach`, between which the return-path thread may call what is said to be its own.
+/// The migration thread sends what nobody waits for. Those that hear what the destination asks for, the return-path thread
+/// and perhaps one at the urgent channel, send that over the urgent channel themselves, where there is one. Each connection
+/// begins with `attach` and ends with `detach`, between which the others may call what is said to be theirs.
 class postcopy_sender {
 public:
     using clock = std::chrono::steady_clock;
@@ -108,7 +108,7 @@ public:
         const std::lock_guard lock(urgent_mutex_);
         urgent_.emplace(urgent, pages_.page_size());
     }
-    /// The return-path thread has ended.
+    /// The other threads have ended.
     void detach() {
         const std::lock_guard lock(urgent_mutex_);
         urgent_.reset();
@@ -123,6 +123,11 @@ public:
     void serve_requests() {
         const std::lock_guard lock(urgent_mutex_);
         serving_ = true;
+    }
+    /// Whether it is so: until all has been sent.
+    bool serves_requests() const {
+        const std::lock_guard lock(urgent_mutex_);
+        return serving_;
     }
     bool has_requests() const { return !queue_.empty(); }
     /// The pages that have been asked for over the main channel, and no others.
@@ -210,7 +215,7 @@ public:
         return resumed_;
     }
 
-    // ---- the return-path thread
+    // ---- the return-path thread, and for requests any other
 
     /// A request that was checked. `errc::bad_ram` for a block that isn't sent.
     result<void> request(const page_request& what) {

@@ -43,6 +43,11 @@ inline constexpr std::uint32_t pong_block_number = 0xffff;
 inline constexpr std::uint32_t ping_setup = 0x766d7321;         // "vms!"
 inline constexpr std::uint32_t pong_waits_for_run = 0x766d7721; // "vmw!"
 
+/// The value of the PING by which a source of ours says that it reads requests for pages from the preempt channel, too.
+/// Any destination gives it back. One of ours, before that, sends a PONG of its own: it may ask there, on every connection.
+inline constexpr std::uint32_t ping_preempt_requests = 0x766d753f; // "vmu?"
+inline constexpr std::uint32_t pong_preempt_requests = 0x766d7521; // "vmu!"
+
 /// What QEMU accepts as the longest payload.
 inline constexpr std::size_t max_return_payload = 512;
 

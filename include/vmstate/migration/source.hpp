@@ -52,6 +52,7 @@
 #include <vmstate/migration/parameters.hpp>
 #include <vmstate/migration/postcopy_pages.hpp>
 #include <vmstate/migration/postcopy_sender.hpp>
+#include <vmstate/migration/preempt_requests.hpp>
 #include <vmstate/migration/ram_sender.hpp>
 #include <vmstate/migration/return_path.hpp>
 #include <vmstate/postcopy/page_request.hpp>
@@ -270,6 +271,7 @@ private:
         postcopy_wanted_.store(false);
         setup_read_.store(false);
         peer_waits_for_run_.store(false);
+        peer_asks_by_preempt_.store(false);
         awaits_loaded_.store(false);
         serving_.store(nullptr);
         postcopy_.reset();
@@ -339,6 +341,7 @@ private:
         if (throttled_ != 0) unthrottle();
         if (!done && channel) shut_down_channels(); // and that for urgent pages, which the return-path thread may be writing
         if (return_path_thread_.joinable()) return_path_thread_.join();
+        urgent_requests_.stop();
         const bool has_word = has_return_path();
         way_back_.reset();
         serving_.store(nullptr);
@@ -504,6 +507,8 @@ private:
             // A QEMU 7.2 begins when it has all its channels, and takes the first for the main one; newer ones take it now, too.
             if (result<void> sent = stream.out.flush(); !sent) return sent;
             if (result<void> opened = open_urgent_channel(connect, settings); !opened) return opened;
+            if (result<void> listening = urgent_requests_.open(*urgent_channel_); !listening) return listening;
+            if (urgent_requests_.is_open()) ping(stream.saver, ping_preempt_requests);
         }
         if (result<void> started = stream.ram.start(settings); !started) return started;
         stream.ram.put_setup(settings.postcopy_ram);
@@ -835,6 +840,8 @@ private:
         postcopy_->attach(channel, urgent_channel_.get());
         postcopy_->serve_requests();
         serving_.store(postcopy_.get());
+        if (!urgent_requests_.is_open()) peer_asks_by_preempt_.store(false); // an answer to nothing
+        if (peer_asks_by_preempt_.load()) listen_to_urgent_requests();
         if (runs_later) {
             if (result<void> sent = stream.out.flush(); !sent) return sent;
             if (result<void> loaded = await_loaded(settings); !loaded) return loaded;
@@ -951,6 +958,7 @@ private:
     void disconnect(std::unique_ptr<output_channel>& channel) {
         shut_down_channels();
         if (return_path_thread_.joinable()) return_path_thread_.join();
+        urgent_requests_.stop();
         serving_.store(nullptr);
         postcopy_->detach();
         way_back_.reset();
@@ -1029,6 +1037,12 @@ private:
         if (settings.postcopy_preempt) {
             if (result<void> opened_too = open_urgent_channel(connect, settings); !opened_too) return opened_too;
             postcopy_->attach_urgent(*urgent_channel_);
+            if (peer_asks_by_preempt_.load()) {
+                if (result<void> listening = urgent_requests_.open(*urgent_channel_); !listening) return listening;
+                if (!urgent_requests_.is_open())
+                    return error(errc::invalid_argument, "a channel with a way back, as the one before", "none").within("preempt channel");
+                listen_to_urgent_requests();
+            }
         }
         if (result<void> asked = postcopy_->ask_for_bitmaps(); !asked) return asked;
         if (result<void> there = await_answer("RECV_BITMAP", [&] { return postcopy_->has_bitmaps(); }); !there) return there;
@@ -1068,12 +1082,16 @@ private:
 
     void read_return_path() {
         if (parameters().postcopy_ram) vmstate::detail::prefer_short_slice(); // it sends what a guest stands still for
-        const result<void> answer = vmstate::detail::guarded([this] { return listen_to_peer(); });
+        note_answer(vmstate::detail::guarded([this] { return listen_to_peer(); }));
+    }
+    /// The first counts.
+    void note_answer(const result<void>& answer) {
         {
             const std::lock_guard lock(answer_mutex_);
+            if (peer_has_spoken_.load()) return;
             answer_ = answer;
+            peer_has_spoken_.store(true);
         }
-        peer_has_spoken_.store(true);
         if (postcopy_sender* const sender = serving_.load()) sender->wake();
         // A destination that has given up reads no more: don't wait for it to.
         if (!answer) shut_down_channels();
@@ -1108,6 +1126,24 @@ private:
             }
         }
     }
+    // ---- the thread at the preempt channel, where the destination asks there
+
+    void listen_to_urgent_requests() {
+        urgent_requests_.start(
+            *machine_.ram(),
+            [this](const page_request& what) {
+                ++messages_;
+                return postcopy_->request(what);
+            },
+            [this](const error& why) {
+                if (!postcopy_->serves_requests()) return; // it was done with it
+                // What it says itself comes first, and may take another way.
+                monitor_.wait_until(clock::now() + std::chrono::milliseconds(100), [&](const migration::status& at) {
+                    return at.state == state::cancelling || peer_has_spoken_.load();
+                });
+                note_answer(why);
+            });
+    }
     result<void> take_postcopy_message(const received_message& message, reader& in, std::optional<page_request_decoder>& requests) {
         postcopy_sender* const sender = serving_.load();
         if (sender == nullptr)
@@ -1140,6 +1176,7 @@ private:
         postcopy_sender* const sender = serving_.load();
         if (sender == nullptr) {
             if (pong == pong_waits_for_run && !setup_read_.load()) peer_waits_for_run_.store(true);
+            if (pong == pong_preempt_requests && !setup_read_.load()) peer_asks_by_preempt_.store(true);
             if (pong != ping_setup) return note_zero_block(pong);
             setup_read_.store(true);
             monitor_.wake();
@@ -1207,6 +1244,8 @@ private:
 
     std::atomic<bool> postcopy_wanted_ = false;
     std::atomic<bool> setup_read_ = false; ///< by the destination
+    preempt_requests urgent_requests_; ///< of the connection's preempt channel, where it has a way back
+    std::atomic<bool> peer_asks_by_preempt_ = false; ///< known when the setup is read
     std::atomic<bool> peer_waits_for_run_ = false; ///< which then isn't in the package; known when the setup is read
     std::atomic<bool> awaits_loaded_ = false;      ///< the migration thread, and wants to be woken by what is said
     std::atomic<std::uint64_t> messages_ = 0;      ///< that the destination has sent
