@@ -591,6 +591,8 @@ private:
             running_ = true;
         }
         changed_.notify_all();
+        // Who starts the guest may have been woken on this processor, where pages would keep it waiting for a whole slice.
+        std::this_thread::yield();
         return {};
     }
     result<void> send_received(const std::string& name) {

@@ -97,7 +97,7 @@ public:
         acknowledged_.store(0);
         sent_since_ping_ = 0;
         const std::lock_guard lock(urgent_mutex_);
-        serving_ = false;
+        serving_ = urgent_ended_ = false;
         if (urgent == nullptr) return;
         urgent->limit_unsent(64 * 1024);
         urgent_.emplace(*urgent, pages_.page_size());
@@ -124,10 +124,10 @@ public:
         const std::lock_guard lock(urgent_mutex_);
         serving_ = true;
     }
-    /// Whether it is so: until all has been sent.
-    bool serves_requests() const {
+    /// Nothing more goes over the urgent channel: the destination has no need of it.
+    bool has_ended_urgent() const {
         const std::lock_guard lock(urgent_mutex_);
-        return serving_;
+        return urgent_ended_;
     }
     bool has_requests() const { return !queue_.empty(); }
     /// The pages that have been asked for over the main channel, and no others.
@@ -371,6 +371,7 @@ private:
         if (!urgent_) return {};
         urgent_->pages.put_end();
         serving_ = false;
+        urgent_ended_ = true;
         return flush_urgent();
     }
     /// All target pages of whole host pages, one behind the other.
@@ -451,9 +452,10 @@ private:
     std::deque<sent_run> unacknowledged_;
     std::atomic<std::uint64_t> acknowledged_ = 0; ///< of those, since they were looked at
 
-    mutable std::mutex urgent_mutex_; ///< urgent_, serving_
+    mutable std::mutex urgent_mutex_; ///< the next three
     std::optional<urgent_stream> urgent_;
     bool serving_ = false;
+    bool urgent_ended_ = false;
 
     mutable std::mutex answers_mutex_; ///< all below
     std::vector<std::optional<page_bitmap>> received_; ///< by the blocks' numbers

@@ -45,6 +45,7 @@ public:
         return {};
     }
     bool is_open() const noexcept { return way_back_ != nullptr; }
+    bool is_listening() const noexcept { return thread_.joinable(); }
     /// After `open`. `ended`: nothing more comes, and why; not after `stop`, but perhaps during it.
     void start(const ram_section& ram, serve_function serve, std::function<void(error why)> ended) {
         thread_ = std::thread([this, &ram, serve = std::move(serve), ended = std::move(ended)] {

@@ -567,12 +567,14 @@ private:
         auto_converge_.start(stream.sent());
         for (;;) {
             if (result<void> fine = check_peer(); !fine) return fine;
+            if (setup_read_.load()) listen_to_urgent_requests();
             const migration::parameters settings = parameters();
             const bool may_switch = is_destination_ready(settings);
             if (may_switch && postcopy_wanted_.load()) {
                 // A destination that refuses the machine says so to the setup, which costs the guest nothing.
                 if (result<void> read = await_answer("PONG", [&] { return setup_read_.load(); }); !read) return read;
                 if (result<void> there = check_urgent_channel(); !there) return there;
+                listen_to_urgent_requests();
                 to_postcopy_ = true;
                 return {};
             }
@@ -840,8 +842,6 @@ private:
         postcopy_->attach(channel, urgent_channel_.get());
         postcopy_->serve_requests();
         serving_.store(postcopy_.get());
-        if (!urgent_requests_.is_open()) peer_asks_by_preempt_.store(false); // an answer to nothing
-        if (peer_asks_by_preempt_.load()) listen_to_urgent_requests();
         if (runs_later) {
             if (result<void> sent = stream.out.flush(); !sent) return sent;
             if (result<void> loaded = await_loaded(settings); !loaded) return loaded;
@@ -1128,15 +1128,19 @@ private:
     }
     // ---- the thread at the preempt channel, where the destination asks there
 
+    /// Where it does. Ahead of the guest's stop, which is no time to make a thread.
     void listen_to_urgent_requests() {
+        if (!peer_asks_by_preempt_.load() || !urgent_requests_.is_open() || urgent_requests_.is_listening()) return;
         urgent_requests_.start(
             *machine_.ram(),
-            [this](const page_request& what) {
+            [this](const page_request& what) -> result<void> {
+                postcopy_sender* const sender = serving_.load();
+                if (sender == nullptr) return error(errc::bad_command, "no request before the package", "one");
                 ++messages_;
-                return postcopy_->request(what);
+                return sender->request(what);
             },
             [this](const error& why) {
-                if (!postcopy_->serves_requests()) return; // it was done with it
+                if (postcopy_sender* const sender = serving_.load(); sender != nullptr && sender->has_ended_urgent()) return;
                 // What it says itself comes first, and may take another way.
                 monitor_.wait_until(clock::now() + std::chrono::milliseconds(100), [&](const migration::status& at) {
                     return at.state == state::cancelling || peer_has_spoken_.load();
