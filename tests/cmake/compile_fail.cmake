@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSL-1.0
-# cmake -DCOMPILER= -DCOMPILER_NAME= -DFLAGS= -DSOURCE= -DPREFIX= -P compile_fail.cmake
+# cmake -DCOMPILER= -DCOMPILER_NAME= -DFLAGS= -DSOURCE= -DPREFIX= -DPOSITIVE= -P compile_fail.cmake
 #
 # SOURCE says in one of its first lines what the compiler has to answer:
 #     // EXPECT: a field is described twice
 # It must be refused with that text in the answer, and must compile with VMSTATE_POSITIVE defined (the offending
-# lines are inside #ifndef VMSTATE_POSITIVE), which shows that nothing else in it is wrong; one compiler says that of both.
+# lines are inside #ifndef VMSTATE_POSITIVE), which shows that nothing else in it is wrong; asked if POSITIVE is on.
 #
 # What a page shows of a compiler's answer, it has to show rightly. Two more lines in SOURCE look after that:
 #     // QUOTED BY: README.md
@@ -23,7 +23,7 @@ if(beginning MATCHES "\n// QUOTED BY: ([^\n]+)")
 endif()
 
 set(positive_code 0)
-if(COMPILER_NAME STREQUAL "g++")
+if(POSITIVE)
     judge(positive_code positive_output -include ${PREFIX} -DVMSTATE_POSITIVE ${SOURCE})
 endif()
 if(NOT positive_code STREQUAL "0")

@@ -75,8 +75,9 @@ public:
         const std::lock_guard lock(channel_mutex_);
         return listener_ != nullptr ? listener_->uri() : std::string();
     }
-    /// Waits for the source at the address of `listen`, loads, and starts the guest. Returns when the guest runs, or
-    /// with what went wrong; then the guest was not started, and machine and memory may be partly loaded.
+    /// Waits for the source at the address of `listen`, loads, and starts the guest. Returns when the guest runs
+    /// (with multifd, when the source has closed its channels, too, for which it has a second), or with what went wrong; then the
+    /// guest was not started, and machine and memory may be partly loaded.
     ///
     /// With `postcopy_ram` the guest may run before: from `postcopy_active` on, as soon as the source says so. Then this
     /// returns when every page is there. A connection that breaks meanwhile is no end of it: see `recover` and `give_up`.

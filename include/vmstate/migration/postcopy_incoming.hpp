@@ -220,7 +220,7 @@ public:
     }
     /// After `wait` said that something went wrong: the guest keeps what it has.
     void pause() {
-        stop_asking();
+        requests_.disconnect();
         if (!progress_.enter(postcopy_state::paused)) return; // nobody came
         const std::lock_guard lock(statistics_mutex_);
         ++interruptions_;
@@ -251,7 +251,7 @@ public:
             released_ = true;
         }
         changed_.notify_all();
-        stop_asking();
+        requests_.disconnect();
         if (listen_.joinable()) listen_.join();
         end_preempt();
         for (postcopy_observer* const who : advised_) who->end(!faults_ || progress_.now() == postcopy_state::end);
@@ -335,33 +335,30 @@ private:
     void set_huge_pages(bool on) const {
         received_.for_each_block([&](const ram_block& block) { set_transparent_huge_pages(block, on); });
     }
+    /// Over the preempt channel where the source reads requests there: the main channel's socket is busy in both directions.
     result<void> ask() {
-        const std::lock_guard lock(asking_mutex_);
-        asking_ = true;
-        return ask_locked();
-    }
-    /// The same over the preempt channel, from now on or when it begins: the main channel's socket is busy in both
-    /// directions.
-    result<void> ask_over(input_channel& preempt) {
-        result<std::unique_ptr<duplex_channel>> back = preempt.get_return_path();
-        if (!back && back.error() == errc::unsupported) return {};
-        if (!back) return back.error();
-        (*back)->set_timeout(settings_.peer_timeout);
-        const std::lock_guard lock(asking_mutex_);
-        preempt_back_ = std::make_shared<preempt_way_back>(std::move(*back));
-        return asking_ ? ask_locked() : result<void>();
-    }
-    result<void> ask_locked() {
-        return requests_.connect([this, quick = preempt_back_](const page_request_message& message) {
+        const result<std::shared_ptr<preempt_way_back>> quick = get_preempt_way_back();
+        if (!quick) return error(quick.error()).within("preempt channel");
+        return requests_.connect([this, quick = *quick](const page_request_message& message) {
             const auto type = static_cast<return_message>(message.type());
             return quick ? quick->sender.send(type, message.payload()) : back_.send(type, message.payload());
         });
     }
-    void stop_asking() {
-        const std::lock_guard lock(asking_mutex_);
-        asking_ = false;
-        preempt_back_.reset();
-        requests_.disconnect();
+    /// Of the connection that there is; null without.
+    result<std::shared_ptr<preempt_way_back>> get_preempt_way_back() {
+        if (!preempt_carries_requests_.load()) return std::shared_ptr<preempt_way_back>();
+        const std::shared_ptr<input_channel> channel = [this] {
+            std::unique_lock lock(session_mutex_);
+            // The source has connected before it said so.
+            changed_.wait_for(lock, std::chrono::milliseconds(100), [&] { return preempt_channel_ || preempt_ended_ || failure_; });
+            return preempt_channel_;
+        }();
+        if (!channel) return std::shared_ptr<preempt_way_back>();
+        result<std::unique_ptr<duplex_channel>> back = channel->get_return_path();
+        if (!back && back.error() == errc::unsupported) return std::shared_ptr<preempt_way_back>();
+        if (!back) return back.error();
+        (*back)->set_timeout(settings_.peer_timeout);
+        return std::make_shared<preempt_way_back>(std::move(*back));
     }
     /// Of what was thrown away, what was looked at and found.
     struct found_pages {
@@ -647,11 +644,10 @@ private:
         {
             std::unique_lock lock(session_mutex_);
             preempt_channel_ = channel;
+            changed_.notify_all();
             changed_.wait(lock, [&] { return listening_ || over_ || failure_; });
             if (over_ || failure_) return {};
         }
-        if (preempt_carries_requests_.load())
-            if (result<void> asked = ask_over(*channel); !asked) return asked;
         buffered_reader in(*channel);
         page_stream at{in, ram_record_reader(received_.page_size()), page_assembler(*placer_)};
         if (recovered) at.assembler.drop();
@@ -709,10 +705,6 @@ private:
 
     std::atomic<std::uint64_t> placed_ = 0; ///< host pages
     std::atomic<bool> awaiting_ = false;    ///< the last of them
-
-    std::mutex asking_mutex_; ///< the next two, and what requests_ is connected to
-    bool asking_ = false;
-    std::shared_ptr<preempt_way_back> preempt_back_; ///< of this connection, where the source reads requests there
 
     mutable std::mutex statistics_mutex_; ///< interruptions_
     std::uint64_t interruptions_ = 0;

@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 
@@ -45,13 +46,13 @@ public:
         return {};
     }
     bool is_open() const noexcept { return way_back_ != nullptr; }
-    bool is_listening() const noexcept { return thread_.joinable(); }
     /// After `open`. `ended`: nothing more comes, and why; not after `stop`, but perhaps during it.
     void start(const ram_section& ram, serve_function serve, std::function<void(error why)> ended) {
         thread_ = std::thread([this, &ram, serve = std::move(serve), ended = std::move(ended)] {
             vmstate::detail::prefer_short_slice(); // it sends what a guest stands still for
-            const result<void> done = vmstate::detail::guarded([&] { return listen(ram, serve); });
-            ended(error(done.error()).within("preempt channel"));
+            error why = vmstate::detail::guarded([&] { return listen(ram, serve); }).error();
+            if (!std::string_view(why.path()).starts_with("preempt channel")) why = error(why).within("preempt channel");
+            ended(why);
         });
     }
     /// Shuts the channel down, in both directions.

@@ -83,7 +83,7 @@ private:
 };
 
 /// A destination's way back, through one connection and, in postcopy, the ones after it. Any thread sends; all messages
-/// go through one mutex.
+/// go through one mutex. Requests for pages may go over the preempt channel instead.
 class return_path {
 public:
     /// Opens that of `channel`, in place of an earlier one.

@@ -271,6 +271,7 @@ private:
         postcopy_wanted_.store(false);
         setup_read_.store(false);
         peer_waits_for_run_.store(false);
+        preempt_offered_.store(false);
         peer_asks_by_preempt_.store(false);
         awaits_loaded_.store(false);
         serving_.store(nullptr);
@@ -339,7 +340,7 @@ private:
         if (!done && end_sent_ && channel) settle(done, *channel);
         if (!done) prefer_answer(done);
         if (throttled_ != 0) unthrottle();
-        if (!done && channel) shut_down_channels(); // and that for urgent pages, which the return-path thread may be writing
+        if (!done && channel) shut_down_channels(); // and that for urgent pages, which another thread may be writing
         if (return_path_thread_.joinable()) return_path_thread_.join();
         urgent_requests_.stop();
         const bool has_word = has_return_path();
@@ -508,7 +509,10 @@ private:
             if (result<void> sent = stream.out.flush(); !sent) return sent;
             if (result<void> opened = open_urgent_channel(connect, settings); !opened) return opened;
             if (result<void> listening = urgent_requests_.open(*urgent_channel_); !listening) return listening;
-            if (urgent_requests_.is_open()) ping(stream.saver, ping_preempt_requests);
+            if (urgent_requests_.is_open() && machine_.ram() != nullptr) {
+                preempt_offered_.store(true);
+                ping(stream.saver, ping_preempt_requests);
+            }
         }
         if (result<void> started = stream.ram.start(settings); !started) return started;
         stream.ram.put_setup(settings.postcopy_ram);
@@ -567,14 +571,12 @@ private:
         auto_converge_.start(stream.sent());
         for (;;) {
             if (result<void> fine = check_peer(); !fine) return fine;
-            if (setup_read_.load()) listen_to_urgent_requests();
             const migration::parameters settings = parameters();
             const bool may_switch = is_destination_ready(settings);
             if (may_switch && postcopy_wanted_.load()) {
                 // A destination that refuses the machine says so to the setup, which costs the guest nothing.
                 if (result<void> read = await_answer("PONG", [&] { return setup_read_.load(); }); !read) return read;
                 if (result<void> there = check_urgent_channel(); !there) return there;
-                listen_to_urgent_requests();
                 to_postcopy_ = true;
                 return {};
             }
@@ -842,6 +844,7 @@ private:
         postcopy_->attach(channel, urgent_channel_.get());
         postcopy_->serve_requests();
         serving_.store(postcopy_.get());
+        listen_to_urgent_requests();
         if (runs_later) {
             if (result<void> sent = stream.out.flush(); !sent) return sent;
             if (result<void> loaded = await_loaded(settings); !loaded) return loaded;
@@ -1126,28 +1129,6 @@ private:
             }
         }
     }
-    // ---- the thread at the preempt channel, where the destination asks there
-
-    /// Where it does. Ahead of the guest's stop, which is no time to make a thread.
-    void listen_to_urgent_requests() {
-        if (!peer_asks_by_preempt_.load() || !urgent_requests_.is_open() || urgent_requests_.is_listening()) return;
-        urgent_requests_.start(
-            *machine_.ram(),
-            [this](const page_request& what) -> result<void> {
-                postcopy_sender* const sender = serving_.load();
-                if (sender == nullptr) return error(errc::bad_command, "no request before the package", "one");
-                ++messages_;
-                return sender->request(what);
-            },
-            [this](const error& why) {
-                if (postcopy_sender* const sender = serving_.load(); sender != nullptr && sender->has_ended_urgent()) return;
-                // What it says itself comes first, and may take another way.
-                monitor_.wait_until(clock::now() + std::chrono::milliseconds(100), [&](const migration::status& at) {
-                    return at.state == state::cancelling || peer_has_spoken_.load();
-                });
-                note_answer(why);
-            });
-    }
     result<void> take_postcopy_message(const received_message& message, reader& in, std::optional<page_request_decoder>& requests) {
         postcopy_sender* const sender = serving_.load();
         if (sender == nullptr)
@@ -1180,7 +1161,7 @@ private:
         postcopy_sender* const sender = serving_.load();
         if (sender == nullptr) {
             if (pong == pong_waits_for_run && !setup_read_.load()) peer_waits_for_run_.store(true);
-            if (pong == pong_preempt_requests && !setup_read_.load()) peer_asks_by_preempt_.store(true);
+            if (pong == pong_preempt_requests && !setup_read_.load()) peer_asks_by_preempt_.store(preempt_offered_.load());
             if (pong != ping_setup) return note_zero_block(pong);
             setup_read_.store(true);
             monitor_.wake();
@@ -1212,6 +1193,31 @@ private:
         const std::lock_guard lock(answer_mutex_);
         if (!answer_) return answer_;
         return error(errc::bad_command, "no end before the stream's", "SHUT").within("return path");
+    }
+
+    // ---- in postcopy, the thread at the preempt channel, where the destination asks there
+
+    void listen_to_urgent_requests() {
+        if (!peer_asks_by_preempt_.load()) return;
+        urgent_requests_.start(
+            *machine_.ram(),
+            [this](const page_request& what) {
+                ++messages_;
+                return serving_.load()->request(what);
+            },
+            [this](const error& why) {
+                if (serving_.load()->has_ended_urgent()) return;
+                // Where the channel has but ended the destination may have more to say, on another connection.
+                if (why == errc::truncated || why == errc::io) {
+                    const auto has_spoken = [&](const migration::status& at) {
+                        return at.state == state::cancelling || peer_has_spoken_.load();
+                    };
+                    std::chrono::milliseconds patience{300}; // longer than TCP takes to send something again
+                    if (const auto most = parameters().peer_timeout; most.count() != 0) patience = std::min(patience, most);
+                    monitor_.wait_until(clock::now() + patience, has_spoken);
+                }
+                note_answer(why);
+            });
     }
 
     machine& machine_;
@@ -1249,12 +1255,13 @@ private:
     std::atomic<bool> postcopy_wanted_ = false;
     std::atomic<bool> setup_read_ = false; ///< by the destination
     preempt_requests urgent_requests_; ///< of the connection's preempt channel, where it has a way back
+    std::atomic<bool> preempt_offered_ = false;      ///< to the destination, for its requests
     std::atomic<bool> peer_asks_by_preempt_ = false; ///< known when the setup is read
     std::atomic<bool> peer_waits_for_run_ = false; ///< which then isn't in the package; known when the setup is read
     std::atomic<bool> awaits_loaded_ = false;      ///< the migration thread, and wants to be woken by what is said
     std::atomic<std::uint64_t> messages_ = 0;      ///< that the destination has sent
     std::unique_ptr<postcopy_sender> postcopy_;        ///< from the switch on
-    std::atomic<postcopy_sender*> serving_ = nullptr;  ///< the same while a connection is there, for the return-path thread
+    std::atomic<postcopy_sender*> serving_ = nullptr;  ///< the same while a connection is there, for those who hear requests
     clock::time_point stopped_for_postcopy_{};         ///< when the guest was; written before `serving_`
     bool to_postcopy_ = false;
     bool guest_left_ = false; ///< the destination has been told to run it
