@@ -113,7 +113,7 @@ struct described_stream {
     vmdesc description;
     vmdesc_location location;
 };
-described_stream description_of(std::span<const std::byte> stream) {
+described_stream described_by(std::span<const std::byte> stream) {
     described_stream found;
     const result<vmdesc_location> location = find_vmdesc(stream);
     if (!location)
@@ -127,7 +127,7 @@ described_stream description_of(std::span<const std::byte> stream) {
 }
 
 void check_whole(std::span<const std::byte> stream, tiling_visitor& seen) {
-    const described_stream own = description_of(stream);
+    const described_stream own = described_by(stream);
     stream_walk_options options;
     options.description = &own.description;
     options.location = own.location;
@@ -250,7 +250,7 @@ TEST_CASE("a stream that is cut off anywhere is an error at a place within it") 
     CAPTURE(machine);
     qemu source({.machine = machine, .stopped = true});
     const std::vector<std::byte> stream = stream_of(source);
-    const described_stream own = description_of(stream);
+    const described_stream own = described_by(stream);
     const std::uint64_t end_of_sections = own.location.offset - 5;
     const std::uint64_t first_device = [&] {
         struct : stream_visitor {
@@ -296,7 +296,7 @@ TEST_CASE("a stream with a changed byte is an error, or has all of its sections 
     CAPTURE(machine);
     qemu source({.machine = machine, .stopped = true});
     std::vector<std::byte> stream = stream_of(source);
-    const std::uint64_t text = description_of(stream).location.offset;
+    const std::uint64_t text = described_by(stream).location.offset;
     const std::size_t devices =
         machine == "none" ? 400 : 30000; // bytes before the description, and more, are of devices
     std::mt19937 random(20240229);       // the same bytes every time
@@ -498,7 +498,7 @@ TEST_CASE("a postcopy stream is walked, its package by another stream's descript
     std::this_thread::sleep_for(std::chrono::seconds(1));
     other.stop();
     const std::vector<std::byte> precopy = stream_of(other);
-    const described_stream borrowed = description_of(precopy);
+    const described_stream borrowed = described_by(precopy);
     tiling_visitor sizes_there(precopy);
     check_whole(precopy, sizes_there);
     CHECK(alone.devices == sizes_there.devices);

@@ -469,6 +469,8 @@ private:
         if (postcopy) {
             if (loaded && postcopy->now() == postcopy_state::discard)
                 loaded = error(errc::bad_command, "POSTCOPY_LISTEN after POSTCOPY_RAM_DISCARD", "the end").within("postcopy");
+            // Before the preempt channel ends, of which the source would hear first.
+            if (!loaded) static_cast<void>(back.shut(false));
             postcopy->release();
         }
         update_ram(in.offset(), pages ? pages->bytes() : 0);

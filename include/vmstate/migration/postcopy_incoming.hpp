@@ -337,26 +337,23 @@ private:
     }
     /// Over the preempt channel where the source reads requests there: the main channel's socket is busy in both directions.
     result<void> ask() {
-        const result<std::shared_ptr<preempt_way_back>> quick = get_preempt_way_back();
-        if (!quick) return error(quick.error()).within("preempt channel");
-        return requests_.connect([this, quick = *quick](const page_request_message& message) {
+        return requests_.connect([this, quick = preempt_way_back_to_use()](const page_request_message& message) {
             const auto type = static_cast<return_message>(message.type());
             return quick ? quick->sender.send(type, message.payload()) : back_.send(type, message.payload());
         });
     }
-    /// Of the connection that there is; null without.
-    result<std::shared_ptr<preempt_way_back>> get_preempt_way_back() {
-        if (!preempt_carries_requests_.load()) return std::shared_ptr<preempt_way_back>();
-        const std::shared_ptr<input_channel> channel = [this] {
-            std::unique_lock lock(session_mutex_);
-            // The source has connected before it said so.
-            changed_.wait_for(lock, std::chrono::milliseconds(100), [&] { return preempt_channel_ || preempt_ended_ || failure_; });
-            return preempt_channel_;
-        }();
-        if (!channel) return std::shared_ptr<preempt_way_back>();
-        result<std::unique_ptr<duplex_channel>> back = channel->get_return_path();
-        if (!back && back.error() == errc::unsupported) return std::shared_ptr<preempt_way_back>();
-        if (!back) return back.error();
+    /// Null without.
+    std::shared_ptr<preempt_way_back> preempt_way_back_to_use() {
+        if (!preempt_carries_requests_.load()) return nullptr;
+        std::unique_lock lock(session_mutex_);
+        // The source has connected before it said so.
+        changed_.wait_for(lock, std::chrono::milliseconds(100), [&] { return preempt_channel_ || preempt_ended_ || failure_; });
+        return preempt_back_;
+    }
+    /// Null where the channel has none.
+    std::shared_ptr<preempt_way_back> open_preempt_way_back(input_channel& channel) const {
+        result<std::unique_ptr<duplex_channel>> back = channel.get_return_path();
+        if (!back) return nullptr;
         (*back)->set_timeout(settings_.peer_timeout);
         return std::make_shared<preempt_way_back>(std::move(*back));
     }
@@ -641,9 +638,12 @@ private:
         const std::shared_ptr<input_channel> channel = std::move(*accepted);
         // Nothing comes as long as nobody waits for a page.
         channel->set_timeout(std::chrono::milliseconds(0));
+        // Ahead of the first read: a channel has one user at a time.
+        std::shared_ptr<preempt_way_back> back = open_preempt_way_back(*channel);
         {
             std::unique_lock lock(session_mutex_);
             preempt_channel_ = channel;
+            preempt_back_ = std::move(back);
             changed_.notify_all();
             changed_.wait(lock, [&] { return listening_ || over_ || failure_; });
             if (over_ || failure_) return {};
@@ -678,6 +678,7 @@ private:
         if (preempt_.joinable()) preempt_.join();
         const std::lock_guard lock(session_mutex_);
         preempt_channel_.reset();
+        preempt_back_.reset();
     }
 
     machine& machine_;
@@ -714,6 +715,7 @@ private:
     std::shared_ptr<input_channel> main_;
     const channel_acceptor* accept_ = nullptr;
     std::shared_ptr<input_channel> preempt_channel_;
+    std::shared_ptr<preempt_way_back> preempt_back_; ///< of the same
     std::stop_source accepting_;
     std::optional<error> failure_; ///< of this connection
     bool over_ = true;             ///< nobody is to hear of failures any more

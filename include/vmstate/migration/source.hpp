@@ -1040,16 +1040,16 @@ private:
         if (settings.postcopy_preempt) {
             if (result<void> opened_too = open_urgent_channel(connect, settings); !opened_too) return opened_too;
             postcopy_->attach_urgent(*urgent_channel_);
-            if (peer_asks_by_preempt_.load()) {
-                if (result<void> listening = urgent_requests_.open(*urgent_channel_); !listening) return listening;
-                if (!urgent_requests_.is_open())
-                    return error(errc::invalid_argument, "a channel with a way back, as the one before", "none").within("preempt channel");
-                listen_to_urgent_requests();
-            }
         }
         if (result<void> asked = postcopy_->ask_for_bitmaps(); !asked) return asked;
         if (result<void> there = await_answer("RECV_BITMAP", [&] { return postcopy_->has_bitmaps(); }); !there) return there;
         if (result<void> there = check_urgent_channel(); !there) return there;
+        if (peer_asks_by_preempt_.load() && urgent_channel_) {
+            if (result<void> listening = urgent_requests_.open(*urgent_channel_); !listening) return listening;
+            if (!urgent_requests_.is_open())
+                return error(errc::invalid_argument, "a channel with a way back, as the one before", "none").within("preempt channel");
+            listen_to_urgent_requests();
+        }
         if (result<void> asked = postcopy_->resume(peer_waits_for_run_.load()); !asked) return asked;
         return await_answer("RESUME_ACK", [&] { return postcopy_->has_resumed(); });
     }
