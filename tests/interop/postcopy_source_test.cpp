@@ -501,6 +501,46 @@ TEST_CASE("memory of huge pages goes in postcopy by whole huge pages") {
     check_guest(destination, from, true);
 }
 
+TEST_CASE("while a huge page is paid for a QEMU hears that we are there, and goes on") {
+    VMSTATE_REQUIRE_QEMU();
+    constexpr std::uint64_t huge = 2 << 20;
+    huge_pages reserved(2 * static_cast<long>(memory_size / huge));
+    auto mapped = vmstate::ram_memory::memfd("guest", memory_size, huge);
+    if (!reserved.enough() || !mapped) return skip("no huge pages of 2 MiB to be had");
+    busy_machine from(std::move(*mapped));
+    qemu_options options = options_of_guest();
+    options.arguments = {"-object", "memory-backend-memfd,id=" + from.block_name() +
+        ",size=32M,hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off",
+        "-trace", "loadvm_process_command_ping"};
+    options.machine += ",memory-backend=" + from.block_name();
+    waiting_qemu destination(false, false, true, options);
+    // A page is paid for in two seconds, and within half of one something is to be heard.
+    vmstate::migration::parameters settings{
+        .max_bandwidth = 1 << 20, .postcopy_ram = true, .max_postcopy_bandwidth = 1 << 20, .peer_timeout = 2s};
+    vmstate::migration::source source(from.machine(), from.guest, settings);
+    REQUIRE(message_of(source.start(destination.address())) == "");
+    REQUIRE(message_of(source.start_postcopy()) == "");
+    // By QEMU's own trace.
+    const auto pings = [&] {
+        const std::string said = destination.there->complaints();
+        std::size_t count = 0;
+        for (std::size_t at = said.find("loadvm_process_command_ping"); at != std::string::npos;
+             at = said.find("loadvm_process_command_ping", at + 1))
+            ++count;
+        return count;
+    };
+    REQUIRE(wait_for([&] { return source.status().state == state::postcopy_active; }));
+    // The one behind RUN is among them.
+    const std::size_t before = pings();
+    CHECK(wait_for([&] { return pings() >= before + 5 || source.status().state != state::postcopy_active; }));
+    CHECK(source.status().state == state::postcopy_active);
+    settings.max_postcopy_bandwidth = 0;
+    source.set_parameters(settings);
+    REQUIRE(message_of(source.wait()) == "");
+    REQUIRE(destination.there->wait_incoming().completed);
+    check_guest(destination, from, true); // but for the trace without a complaint
+}
+
 TEST_CASE("what fails before the guest is run there leaves it here") {
     VMSTATE_REQUIRE_QEMU();
     busy_machine from;

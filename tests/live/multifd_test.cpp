@@ -257,9 +257,12 @@ TEST_CASE("an error of a multifd channel names it") {
     const migration::parameters settings{.return_path = return_path, .multifd = true, .multifd_channels = 2};
     const outcome seen = migrate(from, to, lines, settings, settings);
     INFO(message_of(seen.left));
-    CHECK(has(message_of(seen.left), "/multifd channel 1")); // active, or device on a machine that is busy enough
+    // Active, or device on a machine that is busy enough; there the destination may have hung up on the other one before.
+    const bool is_consequence = has(message_of(seen.left), "/multifd channel 0: ") && has(message_of(seen.left), "Broken pipe");
+    CHECK((has(message_of(seen.left), "/multifd channel 1") || is_consequence));
     // The destination may say first that it can't load that.
-    CHECK((has(message_of(seen.left), "broken") || (return_path && has(message_of(seen.left), "could not load the stream"))));
+    CHECK((has(message_of(seen.left), "broken") || is_consequence ||
+           (return_path && has(message_of(seen.left), "could not load the stream"))));
     CHECK(seen.arrived.has_error());
 }
 
