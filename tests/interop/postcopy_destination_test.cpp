@@ -383,7 +383,7 @@ TEST_CASE("the connection of a postcopy breaks, anywhere and again and again, an
     if (huge && !reserved.emplace(16).enough()) return skip("no 16 huge pages of 2 MiB to be had");
     const std::size_t least = soak ? 50 : 3; // 200 in all four ways
     std::size_t all_broken = 0;
-    for (unsigned seed = 1; all_broken < least && seed <= (soak ? 10 : 3); ++seed) {
+    for (unsigned seed = 1; all_broken < least && seed <= (soak ? 25 : 3); ++seed) {
         const way how{"microvm", false, preempt, 0ms, std::uint64_t{soak ? 6u : 24u} << 20, huge};
         CAPTURE(preempt, huge, seed);
         counting_qemu original(how.machine, huge);
