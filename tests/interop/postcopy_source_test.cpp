@@ -55,6 +55,15 @@ qemu_options options_of_guest() {
     return {.machine = "microvm", .memory = std::to_string(memory_size >> 20) + "M", .rom = guest_rom("counter")};
 }
 
+/// The same on huge pages, in a block of the same name.
+qemu_options options_of_huge_guest(const std::string& block) {
+    qemu_options options = options_of_guest();
+    options.arguments = {"-object", "memory-backend-memfd,id=" + block + ",size=" + options.memory +
+        ",hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off"};
+    options.machine += ",memory-backend=" + block;
+    return options;
+}
+
 struct recorded_guest {
     recorded_stream stream;
     std::string printed;
@@ -472,11 +481,7 @@ TEST_CASE("memory of huge pages goes in postcopy by whole huge pages") {
     auto mapped = vmstate::ram_memory::memfd("guest", memory_size, huge);
     if (!reserved.enough() || !mapped) return skip("no huge pages of 2 MiB to be had");
     busy_machine from(std::move(*mapped));
-    qemu_options options = options_of_guest();
-    options.arguments = {"-object", "memory-backend-memfd,id=" + from.block_name() +
-        ",size=32M,hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off"};
-    options.machine += ",memory-backend=" + from.block_name();
-    waiting_qemu destination(false, preempt, true, options);
+    waiting_qemu destination(false, preempt, true, options_of_huge_guest(from.block_name()));
     vmstate::migration::parameters settings{.max_bandwidth = 20 << 20, .postcopy_ram = true, .postcopy_preempt = preempt,
         .max_postcopy_bandwidth = 20 << 20, .release_ram = true};
     cables wires;
@@ -508,11 +513,8 @@ TEST_CASE("while a huge page is paid for a QEMU hears that we are there, and goe
     auto mapped = vmstate::ram_memory::memfd("guest", memory_size, huge);
     if (!reserved.enough() || !mapped) return skip("no huge pages of 2 MiB to be had");
     busy_machine from(std::move(*mapped));
-    qemu_options options = options_of_guest();
-    options.arguments = {"-object", "memory-backend-memfd,id=" + from.block_name() +
-        ",size=32M,hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off",
-        "-trace", "loadvm_process_command_ping"};
-    options.machine += ",memory-backend=" + from.block_name();
+    qemu_options options = options_of_huge_guest(from.block_name());
+    options.arguments.insert(options.arguments.end(), {"-trace", "loadvm_process_command_ping"});
     waiting_qemu destination(false, false, true, options);
     // A page is paid for in two seconds, and within half of one something is to be heard.
     vmstate::migration::parameters settings{

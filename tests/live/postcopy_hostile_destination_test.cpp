@@ -126,16 +126,13 @@ private:
         bytes own, end;
         put(own, migration::ping_setup, 4);
         put(end, loaded, 4);
-        if (ping == own && manners_.waits_for_run) {
-            bytes waits;
-            put(waits, migration::pong_waits_for_run, 4);
-            say(message(2, waits));
-        }
-        if (ping == own && manners_.asks_by_preempt) {
-            bytes asks;
-            put(asks, migration::pong_preempt_requests, 4);
-            say(message(2, asks));
-        }
+        const auto pong = [&](std::uint32_t value) {
+            bytes payload;
+            put(payload, value, 4);
+            say(message(2, payload));
+        };
+        if (ping == own && manners_.waits_for_run) pong(migration::pong_waits_for_run);
+        if (ping == own && manners_.asks_by_preempt) pong(migration::pong_preempt_requests);
         if (ping != end || manners_.says_loaded) say(message(2, ping));
     }
     void say(const bytes& what) {
@@ -164,6 +161,20 @@ bool wait_for(Done done) {
 constexpr std::size_t page_count = 2048;
 constexpr std::size_t bitmap_size = page_count / 8;
 
+/// The source's channels, one after the other.
+template <class... Channels>
+channel_connector connector_of(Channels... channels) {
+    struct ends {
+        std::unique_ptr<duplex_channel> channels[sizeof...(Channels)];
+        std::size_t next = 0;
+    };
+    auto held = std::make_shared<ends>(ends{{std::move(channels)...}});
+    return [held](const opening_options&) -> result<std::unique_ptr<output_channel>> {
+        if (held->next == sizeof...(Channels)) return error(errc::io, {}, "nobody there");
+        return std::unique_ptr<output_channel>(std::move(held->channels[held->next++]));
+    };
+}
+
 struct outcome {
     error why;
     bool paused = false;
@@ -184,10 +195,7 @@ outcome postcopy_to(std::vector<scripted_destination::line> script, std::vector<
     const auto has_stopped = [&] { return is_final(source.status().state) || source.status().state == state::postcopy_paused; };
     REQUIRE(wait_for(has_stopped));
     if (source.status().state == state::postcopy_paused && !again.empty()) {
-        auto held = std::make_shared<std::unique_ptr<duplex_channel>>(std::move(ours_again));
-        REQUIRE(source.recover([held](const opening_options&) -> result<std::unique_ptr<output_channel>> {
-            return std::unique_ptr<output_channel>(std::move(*held));
-        }));
+        REQUIRE(source.recover(connector_of(std::move(ours_again))));
         REQUIRE(wait_for([&] { return has_stopped(); }));
     }
     ended.paused = source.status().state == state::postcopy_paused;
@@ -239,29 +247,10 @@ TEST_CASE("a destination that asks for what can't be, or answers what nobody ask
     leaks.check(16 * std::size(deeds)); // with four threads each time, of which a sanitizer remembers something
 }
 
-namespace {
-
-/// The source's two channels, one after the other.
-channel_connector both(std::unique_ptr<duplex_channel> main, std::unique_ptr<duplex_channel> urgent) {
-    struct ends {
-        std::unique_ptr<duplex_channel> channels[2];
-        std::size_t next = 0;
-    };
-    auto held = std::make_shared<ends>();
-    held->channels[0] = std::move(main);
-    held->channels[1] = std::move(urgent);
-    return [held](const opening_options&) -> result<std::unique_ptr<output_channel>> {
-        if (held->next == 2) return error(errc::io, {}, "no third one");
-        return std::unique_ptr<output_channel>(std::move(held->channels[held->next++]));
-    };
-}
-
-} // namespace
-
 TEST_CASE("what a destination asks for over the preempt channel comes there, and what can't be asked there is said by name") {
     struct deed {
         const char* name;
-        bytes says; // empty: closes
+        bytes says; // and closes, where it is cut
         errc code;
         const char* text;
         bool paused;
@@ -284,7 +273,7 @@ TEST_CASE("what a destination asks for over the preempt channel comes there, and
         scripted_destination destination(std::move(theirs), {}, {.asks_by_preempt = true});
         migration::source source(from.state, from.control,
             {.postcopy_ram = true, .postcopy_preempt = true, .max_postcopy_bandwidth = 1 << 20, .peer_timeout = 10s});
-        REQUIRE(source.start(both(std::move(ours), std::move(urgent))));
+        REQUIRE(source.start(connector_of(std::move(ours), std::move(urgent))));
         REQUIRE(source.start_postcopy());
         REQUIRE(wait_for([&] { return source.status().state == state::postcopy_active; }));
         const auto say = [&, &there = *urgent_there](const bytes& what) {
@@ -303,12 +292,8 @@ TEST_CASE("what a destination asks for over the preempt channel comes there, and
             if (record[7] == std::byte{2} && record.size() - rest.size() == 13) break;
         }
         CHECK((vmstate::detail::load_big<std::uint64_t>(record.data()) & ~std::uint64_t{page - 1}) == (page_count - 1) * page);
-        if (one.says.empty() || one.code == errc::truncated) {
-            if (!one.says.empty()) say(one.says);
-            urgent_there->shutdown();
-        } else {
-            say(one.says);
-        }
+        if (!one.says.empty()) say(one.says);
+        if (one.code == errc::truncated) urgent_there->shutdown();
         REQUIRE(wait_for([&] { return is_final(source.status().state) || source.status().state == state::postcopy_paused; }));
         CHECK((source.status().state == state::postcopy_paused) == one.paused);
         CHECK(source.status().error_desc == one.code);
@@ -380,10 +365,7 @@ TEST_CASE("a recovery tells a destination of ours to run the guest, which it may
     REQUIRE(source.start(std::move(ours)));
     REQUIRE(source.start_postcopy());
     CHECK(wait_for([&] { return source.status().state == state::postcopy_paused; }));
-    auto held = std::make_shared<std::unique_ptr<duplex_channel>>(std::move(ours_again));
-    REQUIRE(source.recover([held](const opening_options&) -> result<std::unique_ptr<output_channel>> {
-        return std::unique_ptr<output_channel>(std::move(*held));
-    }));
+    REQUIRE(source.recover(connector_of(std::move(ours_again))));
     // Until the first pages have come.
     CHECK(wait_for([&] { return second.heard(4); }));
     CHECK(second.heard(2) == waits_for_run);

@@ -466,19 +466,13 @@ private:
             if (done) monitor_.enter(state::completed);
             return done;
         }
-        if (postcopy) {
-            if (loaded && postcopy->now() == postcopy_state::discard)
-                loaded = error(errc::bad_command, "POSTCOPY_LISTEN after POSTCOPY_RAM_DISCARD", "the end").within("postcopy");
-            // Before the preempt channel ends, of which the source would hear first.
-            if (!loaded) static_cast<void>(back.shut(false));
-            postcopy->release();
-        }
+        if (loaded && postcopy && postcopy->now() == postcopy_state::discard)
+            loaded = error(errc::bad_command, "POSTCOPY_LISTEN after POSTCOPY_RAM_DISCARD", "the end").within("postcopy");
+        // It may be gone; that it could not be told is no news then. Otherwise it hears of it before the preempt channel ends.
+        if (!loaded) static_cast<void>(back.shut(false));
+        if (postcopy) postcopy->release();
         update_ram(in.offset(), pages ? pages->bytes() : 0);
-        // It may be gone; that it could not be told is no news then.
-        if (!loaded) {
-            static_cast<void>(back.shut(false));
-            return std::move(loaded.error()).within("active");
-        }
+        if (!loaded) return std::move(loaded.error()).within("active");
         if (guest_.accept) {
             if (result<void> accepted = guest_.accept(); !accepted) {
                 static_cast<void>(back.shut(false));

@@ -230,17 +230,16 @@ private:
     }
     void end_quietly(worker& one, const error& why) {
         const std::lock_guard lock(workers_mutex_);
+        end_locked(one, why);
+    }
+    void end_locked(worker& one, const error& why) {
         one.ended = why;
         arrived_.notify_one();
     }
     void break_off(worker& one, error why) {
         {
             const std::lock_guard lock(workers_mutex_);
-            if (complete_) {
-                one.ended = std::move(why);
-                arrived_.notify_one();
-                return;
-            }
+            if (complete_) return end_locked(one, why);
             if (ending_ || failure_) return;
             failure_ = why.within(name_of(one.id));
             arrived_.notify_one();

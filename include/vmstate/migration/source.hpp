@@ -453,11 +453,14 @@ private:
     /// What breaks there may leave the destination waiting, and with it whoever writes the main channel. First it may say
     /// whether it was the destination that has given up.
     void give_up_multifd() {
-        if (has_return_path())
-            monitor_.wait_until(clock::now() + std::chrono::milliseconds(100), [&](const migration::status& at) {
-                return at.state == state::cancelling || peer_has_spoken_.load();
-            });
+        if (has_return_path()) let_peer_speak(std::chrono::milliseconds(100));
         shut_down_channels();
+    }
+    /// What the destination says itself comes before what a channel says of it.
+    void let_peer_speak(std::chrono::milliseconds patience) {
+        monitor_.wait_until(clock::now() + patience, [&](const migration::status& at) {
+            return at.state == state::cancelling || peer_has_spoken_.load();
+        });
     }
     /// From any thread: whoever reads or writes one of them goes on, with an error.
     void shut_down_channels() {
@@ -1209,12 +1212,9 @@ private:
                 if (serving_.load()->has_ended_urgent()) return;
                 // Where the channel has but ended the destination may have more to say, on another connection.
                 if (why == errc::truncated || why == errc::io) {
-                    const auto has_spoken = [&](const migration::status& at) {
-                        return at.state == state::cancelling || peer_has_spoken_.load();
-                    };
                     std::chrono::milliseconds patience{300}; // longer than TCP takes to send something again
                     if (const auto most = parameters().peer_timeout; most.count() != 0) patience = std::min(patience, most);
-                    monitor_.wait_until(clock::now() + patience, has_spoken);
+                    let_peer_speak(patience);
                 }
                 note_answer(why);
             });
