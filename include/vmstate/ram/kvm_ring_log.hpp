@@ -9,6 +9,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstddef>
@@ -95,9 +96,8 @@ private:
         /// page out of a log that the guest may still write without a new entry.
         result<void> harvest() {
             if (failure) return failure;
-            bool any = false;
             for (ring& one : rings) {
-                for (std::uint32_t harvested = 0;; ++one.next, any = true) {
+                for (std::uint32_t harvested = 0;; ++one.next, ++unreset) {
                     // KVM stops the vCPU some entries before; without one left it has lost count, and pages with it.
                     if (harvested++ == entries) return failure = error(errc::io, {}, "a dirty ring ran over");
                     kvm_dirty_gfn& entry = one.entries[one.next & (entries - 1)];
@@ -110,8 +110,19 @@ private:
                     flags.store(KVM_DIRTY_GFN_F_RESET, std::memory_order_release);
                 }
             }
-            if (any && ::ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0) < 0)
-                return failure = detail::kvm_failure("KVM_RESET_DIRTY_RINGS");
+            return reset();
+        }
+        /// Linux 6.16 and newer leave off when there is a signal for the thread, and tell how far they have come.
+        result<void> reset() {
+            constexpr int most_in_vain = 1000; // signals are handled in between
+            for (int in_vain = 0; unreset != 0;) {
+                const int done = ::ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0);
+                if (done < 0) return failure = detail::kvm_failure("KVM_RESET_DIRTY_RINGS");
+                if (done == 0 && ++in_vain == most_in_vain)
+                    return failure = error(errc::io, "KVM_RESET_DIRTY_RINGS of all that was harvested",
+                               std::to_string(unreset) + " entries less");
+                unreset -= std::min(unreset, static_cast<std::uint64_t>(done));
+            }
             return {};
         }
         void note(std::uint32_t slot, std::uint64_t page) const noexcept {
@@ -126,6 +137,7 @@ private:
         std::mutex rings_lock; // and of the logs' bitmaps
         std::vector<ring> rings;
         std::vector<listener> listeners;
+        std::uint64_t unreset = 0; ///< entries that were harvested and that KVM hasn't taken back yet
         error failure;
     };
 
