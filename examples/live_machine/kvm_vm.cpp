@@ -38,8 +38,9 @@ constexpr std::uint32_t uart_irq = 4;
 constexpr std::uint64_t identity_map = 0xfffbc000;
 constexpr unsigned long tss = 0xfffbd000;
 
-/// More than the processor writes in one go: 512 pages, with page modification logging.
-constexpr std::uint32_t ring_entries = 4096;
+/// A processor makes an entry for a page; a KVM that emulates makes one for each write, and looks only now and then whether
+/// the ring is full: it should be seldom.
+constexpr std::uint32_t ring_entries = 65536;
 
 struct needed_capability {
     int number;

@@ -211,6 +211,9 @@ struct machine_kind {
 const machine_kind riscv{"riscv", "marked"};
 const machine_kind kvm{"kvm", "kvm-bitmap"};
 
+/// For `run`: the guest goes when it has filled its memory and begun to tick, however long that takes it.
+const arguments when_it_ticks{"--after", "0", "--after-lines", "3"};
+
 /// Why there can't be such a machine here; empty where there can. Throws where it fails for another reason than that the
 /// kernel lacks something.
 std::string missing(const machine_kind& kind) {
@@ -224,8 +227,8 @@ std::string missing(const machine_kind& kind) {
 
 /// Writes to `path` the stream of a guest whose last page isn't what the guest has put there.
 void write_bad_stream(const machine_kind& kind, const std::filesystem::path& path, const arguments& common) {
-    process source(arguments{"run", "--serial", path.string() + ".serial", "--migrate-to", "file:" + path.string(),
-                       "--after", kind.is_kvm() ? "0.8" : "0.3"} + common + kind.busy());
+    process source(arguments{"run", "--serial", path.string() + ".serial", "--migrate-to", "file:" + path.string()} + when_it_ticks +
+                   common + kind.busy());
     if (source.wait() != 0) throw std::runtime_error(source.said());
 
     // The last page's first word, as the guests make it.
@@ -257,8 +260,8 @@ TEST_CASE("a guest goes from one process to another without a lost tick") {
     process destination(arguments{"incoming", address == "unix" ? "unix:" + path("socket") : "tcp:127.0.0.1:0",
                             "--serial", path("after")} + common);
     const std::string uri(destination.wait_for("waiting").at("uri").as_string());
-    process source(arguments{"run", "--serial", path("before"), "--migrate-to", uri, "--after", kind.is_kvm() ? "1" : "0.3",
-                       "--max-bandwidth", kind.is_kvm() ? "4M" : "32M", "--downtime-limit", "20"} + common + kind.busy());
+    process source(arguments{"run", "--serial", path("before"), "--migrate-to", uri, "--max-bandwidth", kind.is_kvm() ? "4M" : "32M",
+                       "--downtime-limit", "20"} + when_it_ticks + common + kind.busy());
     const boost::json::object summary = source.wait_for("migrated");
     CHECK(source.wait() == 0);
     CHECK(source.count("pass") == summary.at("passes").to_number<std::size_t>());
@@ -322,9 +325,8 @@ TEST_CASE("the guest ticks on where it is when the destination is killed") {
     process destination(arguments{"incoming", uri, "--serial", (directory / "after").string()} + common);
     destination.wait_for("waiting");
     // Two or four seconds for the first pass alone.
-    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--after",
-                       kind.is_kvm() ? "0.6" : "0.2", "--max-bandwidth", kind.is_kvm() ? "1M" : "4M", "--downtime-limit",
-                       "20"} + common + kind.busy());
+    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--max-bandwidth",
+                       kind.is_kvm() ? "1M" : "4M", "--downtime-limit", "20"} + when_it_ticks + common + kind.busy());
     source.wait_for("pass");
     destination.send(SIGKILL);
     source.wait_for("failed");
@@ -594,9 +596,9 @@ TEST_CASE("a guest runs on at the destination before its memory is there, withou
 
     process destination(arguments{"incoming", uri, "--serial", path("after")} + common);
     destination.wait_for("waiting");
-    process source(arguments{"run", "--serial", path("before"), "--migrate-to", uri, "--after", how.kind.is_kvm() ? "1" : "0.3",
-                       "--postcopy-after", how.after, "--max-bandwidth", how.after == "1" ? "32M" : "4M",
-                       "--max-postcopy-bandwidth", how.kind.is_kvm() ? "4M" : "8M", "--downtime-limit", "0"} + common + how.kind.hasty());
+    process source(arguments{"run", "--serial", path("before"), "--migrate-to", uri, "--postcopy-after", how.after,
+                       "--max-bandwidth", how.after == "1" ? "32M" : "4M", "--max-postcopy-bandwidth", how.kind.is_kvm() ? "4M" : "8M",
+                       "--downtime-limit", "0"} + when_it_ticks + common + how.kind.hasty());
     source.wait_for("postcopy");
     const boost::json::object left = source.wait_for("migrated");
     CHECK(source.wait() == 0);
@@ -633,9 +635,10 @@ TEST_CASE("a connection that breaks in postcopy is made again, as often as it br
     wire main_wire(unix_at("to-main"), unix_at("main"));
     wire again(unix_at("to-again"), unix_at("again"));
     // For 16 MiB, so many seconds and more: whatever else is going on, it isn't over before the last of them.
-    process source(arguments{"run", "--migrate-to", unix_at("to-main"), "--recover", unix_at("to-again"), "--after", "0.3",
-                       "--postcopy-after", "0", "--max-postcopy-bandwidth", breaks > 3 ? "1M" : "4M", "--downtime-limit", "0",
-                       "--serial", (directory / "before").string(), "--tick-interval", "20", "--dirty-rate", "200", "--work-memory", "14M"} + common);
+    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", unix_at("to-main"), "--recover",
+                       unix_at("to-again"), "--postcopy-after", "0", "--max-postcopy-bandwidth", breaks > 3 ? "1M" : "4M",
+                       "--downtime-limit", "0", "--tick-interval", "20", "--dirty-rate", "200", "--work-memory", "14M"} +
+                   when_it_ticks + common);
     destination.wait_for("postcopy");
     for (std::size_t i = 0; i != breaks; ++i) {
         std::this_thread::sleep_for(std::chrono::milliseconds(20 + 37 * i % 100));
@@ -700,8 +703,8 @@ TEST_CASE("a guest that has left by postcopy isn't given up by one signal, and i
     const arguments common = arguments{"--json", "--memory", "16M", "--postcopy"} + riscv.as_arguments();
     process destination(arguments{"incoming", uri, "--serial", (directory / "after").string()} + common);
     destination.wait_for("waiting");
-    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--after", "0.2",
-                       "--postcopy-after", "0", "--max-postcopy-bandwidth", "1M"} + common + riscv.busy());
+    process source(arguments{"run", "--serial", (directory / "before").string(), "--migrate-to", uri, "--postcopy-after", "0",
+                       "--max-postcopy-bandwidth", "1M"} + when_it_ticks + common + riscv.busy());
     source.wait_for("postcopy");
     source.send(SIGTERM);
     source.wait_for("interrupted");
@@ -812,8 +815,8 @@ TEST_CASE("backends go on with the guest where it goes, and none of their pages 
     destination.wait_for("waiting");
     wire main_wire(unix_at("to-main"), unix_at("main"));
     wire again(unix_at("to-again"), unix_at("again"));
-    arguments leaving{"run", "--serial", path("before"), "--migrate-to", unix_at("to-main"), "--after",
-        how.kind.is_kvm() ? "1" : "0.5", "--max-bandwidth", "32M", "--downtime-limit", postcopy ? "0" : "50"};
+    arguments leaving = arguments{"run", "--serial", path("before"), "--migrate-to", unix_at("to-main"), "--max-bandwidth", "32M",
+        "--downtime-limit", postcopy ? "0" : "50"} + when_it_ticks;
     if (how.breaks != 0) leaving = leaving + arguments{"--recover", unix_at("to-again")};
     if (postcopy)
         leaving = leaving + arguments{"--postcopy-after", how.postcopy_after, "--max-postcopy-bandwidth", how.breaks != 0 ? "4M" : "8M"};
