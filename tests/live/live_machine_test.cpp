@@ -815,8 +815,8 @@ TEST_CASE("backends go on with the guest where it goes, and none of their pages 
     destination.wait_for("waiting");
     wire main_wire(unix_at("to-main"), unix_at("main"));
     wire again(unix_at("to-again"), unix_at("again"));
-    arguments leaving = arguments{"run", "--serial", path("before"), "--migrate-to", unix_at("to-main"), "--max-bandwidth", "32M",
-        "--downtime-limit", postcopy ? "0" : "50"} + when_it_ticks;
+    arguments leaving = arguments{"run", "--serial", path("before"), "--migrate-to", unix_at("to-main"), "--max-bandwidth",
+        how.postcopy_after == "0.1s" ? "4M" : "32M", "--downtime-limit", postcopy ? "0" : "50"} + when_it_ticks;
     if (how.breaks != 0) leaving = leaving + arguments{"--recover", unix_at("to-again")};
     if (postcopy)
         leaving = leaving + arguments{"--postcopy-after", how.postcopy_after, "--max-postcopy-bandwidth", how.breaks != 0 ? "4M" : "8M"};
