@@ -688,9 +688,9 @@ TEST_CASE("KVM's dirty ring: a vCPU whose ring is full goes on after a harvest, 
 TEST_CASE("KVM's dirty ring: KVM has all of it back after a harvest that signals disturb") {
     const memory ram = memory::map(memory::kind::anonymous, guest_memory).value();
     struct ::sigaction before {};
-    struct ::sigaction nothing {};
-    nothing.sa_handler = [](int) {};
-    REQUIRE(::sigaction(SIGUSR1, &nothing, &before) == 0);
+    struct ::sigaction ignored {};
+    ignored.sa_handler = [](int) {};
+    REQUIRE(::sigaction(SIGUSR1, &ignored, &before) == 0);
     constexpr int harvests = 50;
     std::size_t not_back = 0;
     for (int i = 0; i != harvests; ++i) {
