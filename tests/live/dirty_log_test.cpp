@@ -509,6 +509,8 @@ public:
             return "exit " + std::to_string(run_->exit_reason);
         }
     }
+    /// Once more, after it has ended.
+    std::string run_again(std::uint32_t rounds) { return start(rounds) ? run() : "registers"; }
     int vm_fd() const { return vm_.get(); }
     /// The vCPU's ring as KVM sees it.
     std::vector<kvm_dirty_gfn> read_ring(std::uint32_t entries) const {
@@ -587,6 +589,9 @@ private:
         flat.type = 11;
         sregs.cs = flat;
         sregs.cr0 |= 1;
+        if (::ioctl(vcpu_.get(), KVM_SET_SREGS, &sregs) != 0 || !start(rounds)) return missing_is("registers");
+    }
+    bool start(std::uint32_t rounds) {
         kvm_regs regs{};
         regs.rip = 0;
         regs.rflags = 2;
@@ -594,8 +599,7 @@ private:
         regs.rbx = ram_address;
         regs.rdx = guest_pages;
         regs.rbp = page_size;
-        if (::ioctl(vcpu_.get(), KVM_SET_SREGS, &sregs) != 0 || ::ioctl(vcpu_.get(), KVM_SET_REGS, &regs) != 0)
-            return missing_is("registers");
+        return ::ioctl(vcpu_.get(), KVM_SET_REGS, &regs) == 0;
     }
     void missing_is(const char* what) { missing = std::string(what) + ": " + std::strerror(errno); }
 
@@ -709,9 +713,13 @@ TEST_CASE("KVM's dirty ring: KVM has all of it back after a harvest that signals
         harvested = true;
         disturbing.join();
         REQUIRE(collected.value() == guest_pages);
-        // A page whose entry KVM hasn't taken back isn't protected: the guest could write it, and nobody would hear of it.
+        // A page whose entry KVM hasn't taken back isn't protected, nor all that it counts when it is disturbed: the guest
+        // could write them, and nobody would hear of it. (Of a KVM that emulates one always hears.)
         for (const kvm_dirty_gfn& entry : guest.read_ring(entries))
             if (entry.flags != 0) ++not_back;
+        REQUIRE(guest.run_again(1) == "");
+        page_bitmap again(ram.pages());
+        CHECK(log.collect(again).value() == guest_pages);
     }
     REQUIRE(::sigaction(SIGUSR1, &before, nullptr) == 0);
     CHECK(not_back == 0);

@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 
@@ -48,7 +49,9 @@ public:
     void start(const ram_section& ram, serve_function serve, std::function<void(error why)> ended) {
         thread_ = std::thread([this, &ram, serve = std::move(serve), ended = std::move(ended)] {
             vmstate::detail::prefer_short_slice(); // it sends what a guest stands still for
-            ended(vmstate::detail::guarded([&] { return listen(ram, serve); }).error());
+            error why = vmstate::detail::guarded([&] { return listen(ram, serve); }).error();
+            if (!std::string_view(why.path()).starts_with("preempt channel")) why = error(why).within("preempt channel");
+            ended(why);
         });
     }
     /// Shuts the channel down, in both directions.
@@ -59,22 +62,20 @@ public:
     }
 
 private:
-    /// Until something is wrong. What can't be served names its channel itself.
+    /// Until something is wrong.
     result<void> listen(const ram_section& ram, const serve_function& serve) {
         buffered_reader in(*way_back_, 4096);
         received_message message;
         page_request_decoder requests(ram);
         for (;;) {
-            result<page_request> request = read(in, message, requests);
-            if (!request) return std::move(request.error().within("preempt channel"));
+            if (result<void> read = read_return_message(in, message); !read) return read;
+            if (message.type != return_message::req_pages && message.type != return_message::req_pages_id)
+                return error(errc::bad_command, "a request for pages", "message " + std::to_string(static_cast<unsigned>(message.type)));
+            const result<page_request> request = requests.decode(
+                static_cast<page_request_type>(message.type), std::span(message.payload).first(message.size));
+            if (!request) return request.error();
             if (result<void> served = serve(*request); !served) return served;
         }
-    }
-    static result<page_request> read(buffered_reader& in, received_message& message, page_request_decoder& requests) {
-        if (result<void> read = read_return_message(in, message); !read) return read.error();
-        if (message.type != return_message::req_pages && message.type != return_message::req_pages_id)
-            return error(errc::bad_command, "a request for pages", "message " + std::to_string(static_cast<unsigned>(message.type)));
-        return requests.decode(static_cast<page_request_type>(message.type), std::span(message.payload).first(message.size));
     }
 
     std::unique_ptr<duplex_channel> way_back_;

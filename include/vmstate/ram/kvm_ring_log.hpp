@@ -6,12 +6,15 @@
 #pragma once
 
 #include <linux/kvm.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -112,15 +115,26 @@ private:
             }
             return reset();
         }
-        /// Linux 6.16 and newer leave off when there is a signal for the thread, and tell how far they have come.
+        /// Linux 6.16 and newer leave off at a signal, tell how far they have come, and have not protected all that they
+        /// count: no signal may come.
         result<void> reset() {
-            constexpr int most_in_vain = 1000; // signals are handled in between
+            ::sigset_t all;
+            ::sigset_t before;
+            ::sigfillset(&all);
+            ::pthread_sigmask(SIG_SETMASK, &all, &before);
+            result<void> done = reset_undisturbed();
+            ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+            return done;
+        }
+        result<void> reset_undisturbed() {
+            constexpr int most_in_vain = 1000; // what can't be blocked: a debugger, SIGSTOP
             for (int in_vain = 0; unreset != 0;) {
                 const int done = ::ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0);
-                if (done < 0) return failure = detail::kvm_failure("KVM_RESET_DIRTY_RINGS");
-                if (done == 0 && ++in_vain == most_in_vain)
-                    return failure = error(errc::io, "KVM_RESET_DIRTY_RINGS of all that was harvested",
-                               std::to_string(unreset) + " entries less");
+                if (done < 0 && errno != EINTR) return failure = detail::kvm_failure("KVM_RESET_DIRTY_RINGS");
+                if (done <= 0 && ++in_vain == most_in_vain)
+                    return error(errc::io, "KVM_RESET_DIRTY_RINGS of all that was harvested", std::to_string(unreset) + " entries less");
+                if (done <= 0) continue;
+                in_vain = 0;
                 unreset -= std::min(unreset, static_cast<std::uint64_t>(done));
             }
             return {};
