@@ -915,7 +915,7 @@ private:
         result<void> done = serve_destination();
         while (!done) {
             // What the destination has said comes before what the channel says of it, see prefer_answer.
-            if (!is_pause_wanted())
+            if (channel && !is_pause_wanted())
                 monitor_.wait_until(clock::now() + std::chrono::milliseconds(100),
                     [&](const migration::status&) { return peer_has_spoken_.load(); });
             const bool was_active = monitor_.now() == state::postcopy_active;
@@ -984,7 +984,7 @@ private:
     /// takes no more urgent pages, comes before what follows from it on the main channel.
     error explain_pause(const error& of_channel) {
         const std::string_view where = to_string(monitor_.now());
-        if (is_pause_wanted()) return error(errc::io, {}, "paused").within(where);
+        if (is_pause_wanted() && !peer_has_refused_.load()) return error(errc::io, {}, "paused").within(where);
         const std::lock_guard lock(answer_mutex_);
         if (answer_) return of_channel;
         const error& answer = answer_.error();
