@@ -115,29 +115,32 @@ private:
             }
             return reset();
         }
-        /// Linux 6.16 and newer leave off at a signal, tell how far they have come, and have not protected all that they
-        /// count: no signal may come.
         result<void> reset() {
+            constexpr int most_in_vain = 1000; // what can't be blocked: a debugger, SIGSTOP
+            for (int in_vain = 0; unreset != 0;) {
+                const int done = reset_undisturbed();
+                if (done < 0 && errno != EINTR) return failure = detail::kvm_failure("KVM_RESET_DIRTY_RINGS");
+                if (done > 0) {
+                    unreset -= std::min(unreset, static_cast<std::uint64_t>(done));
+                    in_vain = 0;
+                } else if (++in_vain == most_in_vain) {
+                    return error(errc::io, "KVM_RESET_DIRTY_RINGS of all that was harvested", std::to_string(unreset) + " entries less");
+                }
+            }
+            return {};
+        }
+        /// As the ioctl. Linux 6.16 and newer leave off at a signal, tell how far they have come, and have not protected all
+        /// that they count: no signal may come.
+        int reset_undisturbed() const noexcept {
             ::sigset_t all;
             ::sigset_t before;
             ::sigfillset(&all);
             ::pthread_sigmask(SIG_SETMASK, &all, &before);
-            result<void> done = reset_undisturbed();
+            const int done = ::ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0);
+            const int why = errno;
             ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+            errno = why;
             return done;
-        }
-        result<void> reset_undisturbed() {
-            constexpr int most_in_vain = 1000; // what can't be blocked: a debugger, SIGSTOP
-            for (int in_vain = 0; unreset != 0;) {
-                const int done = ::ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0);
-                if (done < 0 && errno != EINTR) return failure = detail::kvm_failure("KVM_RESET_DIRTY_RINGS");
-                if (done <= 0 && ++in_vain == most_in_vain)
-                    return error(errc::io, "KVM_RESET_DIRTY_RINGS of all that was harvested", std::to_string(unreset) + " entries less");
-                if (done <= 0) continue;
-                in_vain = 0;
-                unreset -= std::min(unreset, static_cast<std::uint64_t>(done));
-            }
-            return {};
         }
         void note(std::uint32_t slot, std::uint64_t page) const noexcept {
             const std::uint64_t host_page = detail::kvm_slots::host_page_size();
